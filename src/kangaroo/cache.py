@@ -1,0 +1,64 @@
+"""Key/value storage addressed by slot. It never knows how long a row is: `State.lengths` does.
+
+Slots at or past a row's length hold leftovers that no mask can see, so rejecting a draft costs nothing: the length
+simply does not grow.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer stores per slot."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of keys and values of one token in one row."""
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: [B, heads, S, dim] each."""
+
+    def __init__(self, shapes: Sequence[LayerShape], batch: int, slots: int):
+        self.slots = slots
+        self._keys = [_zeros(shape, batch, slots, shape.key_dim) for shape in shapes]
+        self._values = [_zeros(shape, batch, slots, shape.value_dim) for shape in shapes]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
+        """Store keys and values [B, H, N, dim] of a layer at slots [B, N] of `rows` (None: all rows)."""
+        store_k, store_v = self._keys[layer], self._values[layer]
+        batch = torch.arange(len(store_k), device=store_k.device) if rows is None else rows.to(store_k.device)
+        slots = slots.to(store_k.device)
+        # [B, H, S, dim] seen as [B, S, H, dim]: one index pair per token.
+        store_k.transpose(1, 2)[batch[:, None], slots] = keys.transpose(1, 2)
+        store_v.transpose(1, 2)[batch[:, None], slots] = values.transpose(1, 2)
+
+    def read(self, layer: int, extent: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `extent` slots of a layer; a view unless `rows` selects some."""
+        keys, values = self._keys[layer][:, :, :extent], self._values[layer][:, :, :extent]
+        if rows is None:
+            return keys, values
+        rows = rows.to(keys.device)
+        return keys[rows], values[rows]
+
+    def keep(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots `source` [B, M] onto `destination` [B, M] in every layer. Needed for trees only."""
+        for store in (*self._keys, *self._values):
+            slots = store.transpose(1, 2)
+            batch = torch.arange(len(slots), device=slots.device)[:, None]
+            slots[batch, destination.to(slots.device)] = slots[batch, source.to(slots.device)]
+
+
+def _zeros(shape: LayerShape, batch: int, slots: int, dim: int) -> Tensor:
+    return torch.zeros(batch, shape.heads, slots, dim, dtype=shape.dtype, device=shape.device)

@@ -1,0 +1,110 @@
+"""Kangaroo's chain: draft one token at a time, stop when the self-draft model is unsure (Liu et al. 2024, section 3.2).
+
+The unsure token stays in the draft: confidence only decides whether to go on. Each row stops by its own confidence, and
+the loop ends when every row has stopped. Differences from the authors' release: any batch, sampling, and the room a row
+has left bounds its draft.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo.adapter import Adapter
+from kangaroo.drafters.self_draft import SelfDraft
+from kangaroo.errors import ConfigError
+from kangaroo.model import Target
+from kangaroo.sampling import Stream
+from kangaroo.state import Committed, State
+from kangaroo.tree import Draft, Stop, chain, place_chain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainConfig:
+    """When to stop drafting."""
+
+    max_draft: int = 6
+    """The paper's gamma: drafted tokens per round at most."""
+    threshold: float = 0.6
+    """The paper's eta: stop after a token whose top-1 probability was below it; 0 drafts a fixed length."""
+
+    def __post_init__(self) -> None:
+        if self.max_draft < 1:
+            raise ConfigError(f"max_draft must be at least 1, got {self.max_draft}")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold is a probability in [0, 1], got {self.threshold}")
+
+
+class Kangaroo:
+    """Shallow layers and adapter draft a chain; without an adapter this is plain early exit."""
+
+    def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int, config: ChainConfig):
+        self._model, self._config = SelfDraft(target, adapter, exit_layer), config
+        self.taps, self.cache_layers, self.nodes = self._model.taps, self._model.cache_layers, config.max_draft + 1
+        self._steps = 0
+
+    def observe(self, state: State, committed: Committed) -> None:
+        """Feed the adapter what it has not seen."""
+        nodes = torch.arange(self.nodes, device=committed.tokens.device)
+        self._model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+
+    def draft(self, state: State) -> Draft:
+        """One token per step until every row is unsure, has no room, or has drafted `max_draft`."""
+        limit = max(0, min(self._config.max_draft, int((state.room * state.active).max()) - 1))
+        where = place_chain(state.lengths, limit + 1, state.longest + limit + 1)
+        going = state.active & (state.room > 1)
+        tokens, hidden, probs = [state.pending], [], []
+        valid, confident = [torch.ones_like(state.pending, dtype=torch.bool)], torch.ones_like(going)
+        for k in range(limit + 1):
+            here = where[k : k + 1]
+            x = self._model.states(tokens[-1], here, state)
+            hidden.append(x)
+            if k == limit or not going.any():
+                break
+            logits = self._model.logits(x, here, state)
+            token, q = _choose(logits, torch.cat(tokens, 1), state)
+            tokens.append(token)
+            probs.append(q)
+            valid.append(going[:, None])
+            confident = torch.where(going, top_probability(logits)[:, 0] >= self._config.threshold, confident)
+            going = going & confident & (state.room > k + 2)
+        self._steps = len(tokens) - 1
+        return Draft(
+            tokens=torch.cat(tokens, 1),
+            parents=chain(state.batch, len(tokens), state.tokens.device),
+            valid=torch.cat(valid, 1),
+            depth=self._steps,
+            stops=self._reasons(state, confident, torch.cat(valid, 1)),
+            hidden=torch.cat(hidden, 1),
+            layers_done=self._model.exit_layer,
+            probs=torch.cat([torch.zeros_like(p) for p in probs[:1]] + probs, 1) if state.rule == "reject" and probs else None,
+        )
+
+    def _reasons(self, state: State, confident: Tensor, valid: Tensor) -> tuple[Stop, ...]:
+        drafted = (valid.sum(1) - 1).tolist()
+        rows = zip(state.active.tolist(), confident.tolist(), (state.room - 1).tolist(), drafted, strict=True)
+        return tuple(_reason(*row, self._config.max_draft) for row in rows)
+
+
+def _reason(active: bool, confident: bool, room: int, drafted: int, limit: int) -> Stop:
+    if not active:
+        return Stop.INACTIVE
+    if not confident:
+        return Stop.CONFIDENCE
+    return Stop.LENGTH if drafted == limit < room else Stop.ROOM
+
+
+def _choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """(drafted token [B, 1], its distribution [B, 1, V] for `reject`) from draft logits [B, 1, V]."""
+    nodes = tokens.shape[1]
+    prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
+    if state.rule == "match":
+        # With the target's own noise: where q is close to p, the two draws are the same token.
+        return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), logits
+    counters = state.round_counters(nodes)[:, -1:]
+    return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence)."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()

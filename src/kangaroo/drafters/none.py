@@ -1,0 +1,29 @@
+"""Autoregressive decoding through the same loop: the denominator of every speed-up."""
+
+import torch
+
+from kangaroo.cache import LayerShape
+from kangaroo.state import Committed, State
+from kangaroo.tree import Draft, Stop, chain
+
+
+class NoDrafter:
+    """Proposes nothing."""
+
+    taps: tuple[int, ...] = ()
+    nodes = 1
+    cache_layers: tuple[LayerShape, ...] = ()
+
+    def observe(self, state: State, committed: Committed) -> None:
+        """Nothing to learn."""
+
+    def draft(self, state: State) -> Draft:
+        """The pending token alone."""
+        tokens = state.pending
+        return Draft(
+            tokens=tokens,
+            parents=chain(state.batch, 1, tokens.device),
+            valid=torch.ones_like(tokens, dtype=torch.bool),
+            depth=0,
+            stops=(Stop.NOTHING,) * state.batch,
+        )

@@ -1,0 +1,249 @@
+"""From the target's logits to the target's own token, at every node of a draft.
+
+The noise of a draw is a pure function of (seed, sample index, position, token), never of the batch row, the drafter
+or the shape of the draft. A drawn text is therefore a function of (weights, prompt, Sampling) alone, greedy decoding is
+the same code with the noise left out, and comparing texts is a complete test of losslessness.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kangaroo.errors import ConfigError
+from kangaroo.tree import ancestors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens. Processors apply in the order of the fields; filters see what the ones before left.
+
+    Raises ConfigError for values outside their range.
+    """
+
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    repetition_penalty: float = 1.0
+    """> 0: divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that occur in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of output tokens once per occurrence."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k best tokens, and any that tie with the k-th."""
+    top_p: float = 1.0
+    """Keep the fewest best tokens whose probabilities sum to at least p."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as probable as the best."""
+    seed: int = 0
+    index: int = 0
+    """Which of several samples of the same prompt and seed this is."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            ("index", 0 <= self.index < 2**31, "in [0, 2**31)"),
+        )
+        for name, valid, wanted in checks:
+            if not valid:
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        if any(token < 0 or math.isnan(bias) for token, bias in self.logit_bias.items()):
+            raise ConfigError("logit_bias must map token ids >= 0 to numbers")
+
+
+class Stream(IntEnum):
+    """Independent sources of noise. `match` lets draft and target share one; `reject` must not."""
+
+    TARGET = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What penalties look at: each row's committed tokens, and the path from the root to each node."""
+
+    tokens: Tensor
+    """[B, S]."""
+    lengths: Tensor
+    """[B] committed tokens."""
+    prompt_lengths: Tensor
+    """[B]."""
+    nodes: Tensor
+    """[B, N] drafted tokens, the pending one first."""
+    parents: Tensor
+    """[B, N]."""
+
+
+class Sampler:
+    """The Sampling of every row, as tensors."""
+
+    def __init__(self, rows: Sequence[Sampling], vocab_size: int, device: torch.device):
+        self.vocab_size, self.device = vocab_size, device
+        self._rows = list(rows)
+        for sampling in rows:
+            self._check(sampling)
+        self._pack()
+
+    def replace(self, row: int, sampling: Sampling) -> None:
+        """Give a row another Sampling, for a request that takes the row over."""
+        self._check(sampling)
+        self._rows[row] = sampling
+        self._pack()
+
+    def _check(self, sampling: Sampling) -> None:
+        outside = [token for token in sampling.logit_bias if token >= self.vocab_size]
+        if outside:
+            raise ConfigError(f"logit_bias names token {outside[0]}, but the vocabulary has {self.vocab_size} tokens")
+
+    def _pack(self) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None]
+
+        rows = self._rows
+        self.greedy = all(r.temperature == 0 for r in rows)
+        self.penalised = any(
+            r.repetition_penalty != 1 or r.presence_penalty != 0 or r.frequency_penalty != 0 for r in rows
+        )
+        self._any_filter = any(r.top_k or r.top_p < 1 or r.min_p > 0 for r in rows)
+        self._hot = column([float(r.temperature > 0) for r in rows])
+        self._temperature = column([r.temperature or 1.0 for r in rows])
+        self._top_k = column([min(r.top_k or self.vocab_size, self.vocab_size) for r in rows]).long()
+        self._top_p = column([r.top_p for r in rows])
+        self._log_min_p = column([math.log(r.min_p) if r.min_p > 0 else -math.inf for r in rows])
+        self._repetition = column([r.repetition_penalty for r in rows])
+        self._presence = column([r.presence_penalty for r in rows])
+        self._frequency = column([r.frequency_penalty for r in rows])
+        self._keys = mix(torch.tensor([[r.seed, r.index] for r in rows], dtype=torch.int64, device=self.device))
+        self._bias: Tensor | None = None
+        if any(r.logit_bias for r in rows):
+            self._bias = torch.zeros(len(rows), 1, self.vocab_size, dtype=torch.float64, device=self.device)
+            for i, row in enumerate(rows):
+                for token, bias in row.logit_bias.items():
+                    self._bias[i, 0, token] = bias
+
+    def scores(self, logits: Tensor, prefix: Prefix) -> Tensor:
+        """Logits [B, N, V] after bias, penalties, temperature and filters; what is filtered out is -inf.
+
+        The nodes are the last N of `prefix`. In float32, or float64 for a float64 model. Rows at temperature 0 are not scaled or filtered.
+        """
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        kind = scores.dtype
+        if self._bias is not None:
+            scores = scores + self._bias.to(kind)
+        if self.penalised:
+            scores = self._penalise(scores, prefix)
+        if self.greedy:
+            return scores
+        scores = scores / self._temperature.to(kind)
+        if self._any_filter:
+            scores = torch.where(self._hot.bool(), self._filter(scores), scores)
+        return scores
+
+    def _penalise(self, scores: Tensor, prefix: Prefix) -> Tensor:
+        # A drafter asks about its newest nodes only: the last ones of the prefix.
+        everything, output = (c[:, -scores.shape[1] :] for c in count_tokens(prefix, self.vocab_size))
+        repetition = self._repetition.to(scores.dtype)
+        punished = torch.where(scores > 0, scores / repetition, scores * repetition)
+        scores = torch.where(everything > 0, punished, scores)
+        penalty = self._frequency * output + self._presence * (output > 0)
+        return scores - penalty.to(scores.dtype)
+
+    def _filter(self, scores: Tensor) -> Tensor:
+        # Each filter is a lower bound on the score, so tokens that tie share their fate whatever the sort did.
+        ordered = scores.sort(-1, descending=True).values
+        kth = ordered.gather(-1, (self._top_k - 1).expand(*ordered.shape[:2], 1))
+        ordered = ordered.masked_fill(ordered < kth, -math.inf)
+        probs = ordered.softmax(-1)
+        kept = (probs.cumsum(-1) - probs) < self._top_p.to(probs.dtype)
+        pth = ordered.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
+        mth = ordered[..., :1] + self._log_min_p.to(scores.dtype)
+        return scores.masked_fill(scores < torch.maximum(torch.maximum(kth, pth), mth), -math.inf)
+
+    def perturb(self, scores: Tensor, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
+        """Add Gumbel noise keyed by the positions [B, N] of the tokens being drawn; none at temperature 0."""
+        if self.greedy:
+            return scores
+        noise = gumbel(self.keys(positions, stream), self.vocab_size)
+        return scores + noise.mul_(self._hot).to(scores.dtype)
+
+    def draw(self, logits: Tensor, prefix: Prefix, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
+        """The token [B, N] drawn at each node (the Gumbel-max trick); `positions` are those of the drawn tokens."""
+        return self.perturb(self.scores(logits, prefix), positions, stream).argmax(-1)
+
+    def probs(self, logits: Tensor, prefix: Prefix) -> Tensor:
+        """The distribution [B, N, V] that `draw` draws from; one-hot at temperature 0."""
+        scores = self.scores(logits, prefix)
+        best = functional.one_hot(scores.argmax(-1), self.vocab_size).to(scores.dtype)
+        return best if self.greedy else torch.where(self._hot.bool(), scores.softmax(-1), best)
+
+    def uniform(self, counters: Tensor, stream: Stream) -> Tensor:
+        """Uniform float64 numbers in (0, 1), keyed by `counters` [B, N]."""
+        return _to_unit(self.keys(counters, stream))
+
+    def keys(self, counters: Tensor, stream: Stream) -> Tensor:
+        """Seeds of noise [B, N]: a hash of each row's (seed, sample index), of `counters` [B, N] and the stream."""
+        return mix(torch.stack([self._keys[:, None].expand_as(counters), counters * 4 + int(stream)], -1))
+
+
+def count_tokens(prefix: Prefix, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """How often each token occurs before the token that follows each node: [B, N, V] in everything, in the output."""
+    batch, slots = prefix.tokens.shape
+    nodes = prefix.nodes.shape[1]
+    reach = ancestors(prefix.parents).double()
+    index = prefix.nodes[:, None].expand(batch, nodes, nodes)
+    # The pending token is output unless it is the last token of the prompt, as in the first round.
+    fresh = reach.clone()
+    fresh[:, :, 0] *= (prefix.lengths >= prefix.prompt_lengths)[:, None]
+    slot = torch.arange(slots, device=prefix.tokens.device)
+    committed = (slot < prefix.lengths[:, None]).double()
+    emitted = committed * (slot >= prefix.prompt_lengths[:, None])
+    result = []
+    for old, new in ((committed, reach), (emitted, fresh)):
+        base = torch.zeros(batch, vocab_size, dtype=torch.float64, device=slot.device)
+        base.scatter_add_(1, prefix.tokens, old)
+        result.append(base[:, None].repeat(1, nodes, 1).scatter_add_(2, index, new))
+    return result[0], result[1]
+
+
+# Constants of the splitmix64 generator (Steele, Lea and Flood 2014) as signed 64-bit numbers.
+_GOLDEN, _MIX_A, _MIX_B = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def mix(parts: Tensor) -> Tensor:
+    """Hash the last dimension of an int64 tensor into one well-mixed int64."""
+    state = torch.zeros_like(parts[..., 0])
+    for part in parts.unbind(-1):
+        state = _finalise((state + _GOLDEN) ^ part)
+    return state
+
+
+def _finalise(x: Tensor) -> Tensor:
+    # Arithmetic shifts made logical by masking the sign extension away.
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_A
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_B
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _to_unit(bits: Tensor) -> Tensor:
+    return ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
+
+
+def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise [B, N, V] in float64: token v of a node gets output v of a splitmix64 run seeded there."""
+    tokens = torch.arange(1, vocab_size + 1, device=keys.device) * _GOLDEN
+    return _to_unit(_finalise(keys[..., None] + tokens)).log_().neg_().log_().neg_()

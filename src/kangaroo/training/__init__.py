@@ -1,0 +1,1 @@
+"""Training: recipes, data, one loop, and the objectives it can pursue."""
