@@ -1,0 +1,32 @@
+"""Kangaroo: the same text from the same model, faster."""
+
+from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.decode import Round, decode, start
+from kangaroo.decoder import Completion, Decoder, Piece, Stats, load
+from kangaroo.drafters import DRAFTERS, Drafter
+from kangaroo.errors import KangarooError
+from kangaroo.hf import custom_generate
+from kangaroo.model import Target
+from kangaroo.sampling import Sampling
+from kangaroo.state import Request
+
+__version__ = "0.1.0"
+__all__ = [
+    "DRAFTERS",
+    "Adapter",
+    "AdapterConfig",
+    "Completion",
+    "Decoder",
+    "Drafter",
+    "KangarooError",
+    "Piece",
+    "Request",
+    "Round",
+    "Sampling",
+    "Stats",
+    "Target",
+    "custom_generate",
+    "decode",
+    "load",
+    "start",
+]

@@ -75,9 +75,9 @@ class Adapter(nn.Module):
             self.head.weight.data.copy_(target.head.weight)  # type: ignore[arg-type]
         if from_target and self.attention is not None:
             layer = target.layers[self.config.exit_layer]
-            self.attention.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr, operator]
+            self.attention.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]
             if hasattr(layer, "input_layernorm"):
-                self.norm_in.load_state_dict(layer.input_layernorm.state_dict())  # type: ignore[union-attr, operator]
+                self.norm_in.load_state_dict(layer.input_layernorm.state_dict())  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None = None) -> Tensor:
         """States after the exit layer [B, N, D] -> normed states [B, N, D] that `logits` reads."""
@@ -157,7 +157,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"no adapter in {folder}: {hint}")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        needed = {"exit_layer", "variant", "width", "vocab_size", "target_fingerprint", "weights_sha256"} - set(table)
+        needed = {
+            "exit_layer",
+            "variant",
+            "width",
+            "vocab_size",
+            "target_fingerprint",
+            "weights_sha256",
+        } - set(table)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from None
     if needed:

@@ -31,7 +31,12 @@ class Round:
 
 @torch.inference_mode()
 def start(
-    target: Target, drafter: Drafter, requests: Sequence[Request], *, eos: Sequence[int] = (), rule: str = "match"
+    target: Target,
+    drafter: Drafter,
+    requests: Sequence[Request],
+    *,
+    eos: Sequence[int] = (),
+    rule: str = "match",
 ) -> State:
     """Allocate a State for the requests and run their prompts, each but for its last token, which stays pending.
 

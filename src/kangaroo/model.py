@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,16 @@ from kangaroo.tree import Placement, place_chain, sequence
 
 # Families whose layers are driven exactly by one loop (embedding, layers, final norm, head). Others must prove it.
 FAMILIES = frozenset(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 smollm3 granite starcoder2 cohere "
-    "cohere2 stablelm helium glm glm4 nemotron exaone4 ministral seed_oss apertus arcee ernie4_5 mixtral qwen2_moe "
-    "qwen3_moe gpt_oss deepseek_v3".split()
+    """
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 smollm3 granite
+    starcoder2 cohere cohere2 stablelm helium glm glm4 nemotron exaone4 ministral seed_oss apertus arcee
+    ernie4_5 mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3
+    """.split()  # noqa: SIM905 (a list of 33 would take 33 lines)
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class _Window(Cache):
+class _Window(Cache):  # type: ignore[misc]
     """A placement's slots of a KVCache, presented through transformers' public cache interface."""
 
     def __init__(self, cache: KVCache, where: Placement):
@@ -42,7 +44,7 @@ class _Window(Cache):
         return self._cache.read(layer_idx, self._where.mask.shape[-1], self._where.rows)
 
 
-class _Recorder(Cache):
+class _Recorder(Cache):  # type: ignore[misc]
     """Notes what a layer would store, and stores nothing."""
 
     def __init__(self) -> None:
@@ -68,12 +70,16 @@ class Target:
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
         self._norm = base.norm if hasattr(base, "norm") else base.final_layernorm
-        self._embedding, self._head, self._rotary = model.get_input_embeddings(), model.lm_head, base.rotary_emb
+        self._embedding, self._head, self._rotary = (
+            model.get_input_embeddings(),
+            model.lm_head,
+            base.rotary_emb,
+        )
         self.num_layers, self.width = len(self.layers), int(self.config.hidden_size)
         self.vocab_size = int(self._head.weight.shape[0])
         self.device, self.dtype = self._embedding.weight.device, model.dtype
         self.context, self._kinds = context_limit(self.config), layer_kinds(self.config, self.num_layers)
-        self._window = getattr(self.config, "sliding_window", None)
+        self._window = int(getattr(self.config, "sliding_window", None) or 0)
         self._embedding_scale: float = 1.0
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._check()
@@ -140,7 +146,8 @@ class Target:
         for rope_switch in ("no_rope_layers", "no_rope_layer_interval"):
             if isinstance(getattr(config, rope_switch, None), list):
                 setattr(config, rope_switch, [*getattr(config, rope_switch), 1])
-        return type(self.layers[0].self_attn)(config, layer_idx=self.num_layers)  # type: ignore[no-any-return]
+        family: Any = type(self.layers[0].self_attn)
+        return cast(nn.Module, family(config, layer_idx=self.num_layers))
 
     def new_norm(self) -> nn.Module:
         """A copy of the final norm."""
@@ -149,7 +156,7 @@ class Target:
     @property
     def head(self) -> nn.Module:
         """The LM head's matrix."""
-        return self._head  # type: ignore[no-any-return]
+        return cast(nn.Module, self._head)
 
     @property
     def _adapter_kind(self) -> str:
@@ -246,7 +253,7 @@ class Target:
         family = self.config.model_type
         if torch.isnan(self._embedding.weight).any():
             raise ModelError("the embedding holds NaN; the checkpoint is damaged")
-        length = 8 if family in FAMILIES or not self._window else min(2 * int(self._window), self.context, 2048)
+        length = 8 if family in FAMILIES or not self._window else min(2 * self._window, self.context, 2048)
         tokens = (torch.arange(length, device=self.device) * 7919 + 13)[None] % self.vocab_size
         wanted, first_input = self._own_forward(tokens)
         if not torch.isfinite(wanted).all():
@@ -292,7 +299,9 @@ class Target:
             inputs = self._layer_inputs(self._kinds[index], where, x)
             x = self.layers[index](x, past_key_values=recorder, use_cache=True, **inputs)
         if len(recorder.shapes) != self.num_layers:
-            raise ModelError(f"{self.config.model_type} models are not supported: not every layer stores keys and values")
+            raise ModelError(
+                f"{self.config.model_type} models are not supported: not every layer stores keys and values"
+            )
         return [recorder.shapes[index] for index in range(self.num_layers)]
 
     def _check_logits(self, tokens: Tensor) -> Tensor:

@@ -45,7 +45,12 @@ class State:
     """
 
     def __init__(
-        self, requests: Sequence[Request], cache: KVCache, sampler: Sampler, eos: Sequence[int], rule: str = "match"
+        self,
+        requests: Sequence[Request],
+        cache: KVCache,
+        sampler: Sampler,
+        eos: Sequence[int],
+        rule: str = "match",
     ):
         device = sampler.device
         rows = len(requests)
@@ -61,6 +66,7 @@ class State:
         for row, request in enumerate(requests):
             self.assign(row, request)
 
+    @torch.inference_mode()
     def assign(self, row: int, request: Request) -> None:
         """Give a row to a request. Its prompt still has to be prefilled."""
         prompt = torch.tensor(list(request.prompt), dtype=torch.int64, device=self.tokens.device)
@@ -73,6 +79,7 @@ class State:
         self.active[row] = True
         self.sampler.replace(row, request.sampling)
 
+    @torch.inference_mode()
     def finish(self, row: int) -> None:
         """Stop a row, for reasons found downstream: a stop string, a client that went away."""
         self.active[row] = False

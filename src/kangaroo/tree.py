@@ -68,7 +68,11 @@ class Placement:
 
     def __getitem__(self, nodes: slice) -> "Placement":
         return Placement(
-            self.positions[:, nodes], self.slots[:, nodes], self.mask[:, nodes], self.slot_positions, self.rows
+            self.positions[:, nodes],
+            self.slots[:, nodes],
+            self.mask[:, nodes],
+            self.slot_positions,
+            self.rows,
         )
 
 

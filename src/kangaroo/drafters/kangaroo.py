@@ -39,14 +39,18 @@ class Kangaroo:
     """Shallow layers and adapter draft a chain; without an adapter this is plain early exit."""
 
     def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int, config: ChainConfig):
-        self._model, self._config = SelfDraft(target, adapter, exit_layer), config
-        self.taps, self.cache_layers, self.nodes = self._model.taps, self._model.cache_layers, config.max_draft + 1
+        self.model, self._config = SelfDraft(target, adapter, exit_layer), config
+        self.taps, self.cache_layers, self.nodes = (
+            self.model.taps,
+            self.model.cache_layers,
+            config.max_draft + 1,
+        )
         self._steps = 0
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen."""
         nodes = torch.arange(self.nodes, device=committed.tokens.device)
-        self._model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+        self.model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
 
     def draft(self, state: State) -> Draft:
         """One token per step until every row is unsure, has no room, or has drafted `max_draft`."""
@@ -57,11 +61,11 @@ class Kangaroo:
         valid, confident = [torch.ones_like(state.pending, dtype=torch.bool)], torch.ones_like(going)
         for k in range(limit + 1):
             here = where[k : k + 1]
-            x = self._model.states(tokens[-1], here, state)
+            x = self.model.states(tokens[-1], here, state)
             hidden.append(x)
             if k == limit or not going.any():
                 break
-            logits = self._model.logits(x, here, state)
+            logits = self.model.logits(x, here, state)
             token, q = _choose(logits, torch.cat(tokens, 1), state)
             tokens.append(token)
             probs.append(q)
@@ -76,8 +80,10 @@ class Kangaroo:
             depth=self._steps,
             stops=self._reasons(state, confident, torch.cat(valid, 1)),
             hidden=torch.cat(hidden, 1),
-            layers_done=self._model.exit_layer,
-            probs=torch.cat([torch.zeros_like(p) for p in probs[:1]] + probs, 1) if state.rule == "reject" and probs else None,
+            layers_done=self.model.exit_layer,
+            probs=torch.cat([torch.zeros_like(p) for p in probs[:1]] + probs, 1)
+            if state.rule == "reject" and probs
+            else None,
         )
 
     def _reasons(self, state: State, confident: Tensor, valid: Tensor) -> tuple[Stop, ...]:

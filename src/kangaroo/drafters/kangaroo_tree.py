@@ -56,14 +56,14 @@ class KangarooTree:
     """Shallow layers and adapter draft a tree."""
 
     def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int, config: TreeConfig):
-        self._model, self._config = SelfDraft(target, adapter, exit_layer), config
-        self.taps, self.cache_layers = self._model.taps, self._model.cache_layers
+        self.model, self._config = SelfDraft(target, adapter, exit_layer), config
+        self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = 1 + config.top_k * config.max_draft
         self._ran = torch.zeros(1, 1, dtype=torch.bool)
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen."""
-        self._model.observe(state, committed, self._ran)
+        self.model.observe(state, committed, self._ran)
 
     def draft(self, state: State) -> Draft:
         """Grow level by level while some branch is open and some row has room."""
@@ -74,12 +74,12 @@ class KangarooTree:
         steps = 0
         for level in range(levels + 1):
             where = self._place_newest(tree, state)
-            x = self._model.states(tree.tokens[-1], where, state)
+            x = self.model.states(tree.tokens[-1], where, state)
             tree.hidden.append(x)
             open_ = tree.valid[-1] & (tree.scores >= self._config.threshold) & (state.room > level + 1)[:, None]
             if level == levels or not (open_ & state.active[:, None]).any():
                 break
-            self._grow(tree, self._model.logits(x, where, state), open_, state)
+            self._grow(tree, self.model.logits(x, where, state), open_, state)
             steps = level + 1
         tokens, parents, valid = tree.joined()
         self._ran = torch.arange(tokens.shape[1], device=tokens.device) < tokens.shape[1] - tree.tokens[-1].shape[1]
@@ -91,7 +91,7 @@ class KangarooTree:
             depth=steps,
             stops=self._reasons(state, steps),
             hidden=torch.cat(tree.hidden, 1),
-            layers_done=self._model.exit_layer,
+            layers_done=self.model.exit_layer,
         )
 
     def _place_newest(self, tree: _Growing, state: State) -> Placement:

@@ -1,20 +1,21 @@
-"""Documents from files, and the token stream a run reads: which tokens step `s` sees is a pure function of `s`."""
+"""Documents from files: conversations and plain text, in the order of the rows."""
 
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from kangaroo.errors import DataError
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.training.recipe import DataSection
 
 Messages = list[dict[str, str]]
+FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,44 +25,63 @@ class Document:
     source: str
     messages: Messages | None = None
     text: str = ""
+    where: str = ""
+    """File and row it came from, for error messages."""
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Rows of a .jsonl, .jsonl.gz or .parquet file, or one document per blank-line-separated part of a .txt file.
+    """Rows of a .jsonl, .jsonl.gz or .parquet file; of a .txt or .md file, its parts between two or more blank lines.
 
     A row has `messages` (a list of {"role", "content"}) or `text`; `source` is optional.
     Raises DataError naming the line of the first malformed row.
     """
     if not path.is_file():
         raise DataError(f"no data file at {path}")
+    if not path.name.endswith(FORMATS):
+        raise DataError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix in (".txt", ".md"):
         parts = path.read_text(encoding="utf-8").split("\n\n\n")
-        yield from (Document(path.stem, text=part.strip()) for part in parts if part.strip())
+        yield from (Document(path.stem, text=part.strip(), where=str(path)) for part in parts if part.strip())
     else:
+        yield from _read_lines(path)
+
+
+def _read_lines(path: Path) -> Iterator[Document]:
+    number = 0
+    try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _parse(line, path, number)
+                    yield _parse(line, f"{path}, line {number}")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}, after line {number}: unreadable ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
-    import pyarrow.parquet as parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError("Parquet files need the train extra: pip install 'kangaroo-decoding[train]'") from None
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield _document(row, f"{path}, row {number}")
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                # Parquet fills columns that a row does not use with nulls.
+                yield _document({k: v for k, v in row.items() if v is not None}, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}, after row {number}: unreadable ({error})") from None
 
 
-def _parse(line: str, path: Path, number: int) -> Document:
+def _parse(line: str, where: str) -> Document:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-    return _document(row, f"{path}, line {number}")
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    return _document(row, where)
 
 
 def _document(row: Any, where: str) -> Document:
@@ -69,94 +89,44 @@ def _document(row: Any, where: str) -> Document:
         raise DataError(f'{where}: expected an object with "messages" or "text", got {str(row)[:60]!r}')
     source = str(row.get("source", "data"))
     if "text" in row:
-        return Document(source, text=str(row["text"]))
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise DataError(f'{where}: "text" must be a non-empty string, got {str(row["text"])[:60]!r}')
+        return Document(source, text=row["text"], where=where)
     messages = row["messages"]
     well_formed = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
     if not well_formed or not messages:
         raise DataError(f'{where}: "messages" must be a non-empty list of {{"role", "content"}} objects')
-    return Document(source, messages=messages)
+    return Document(source, messages=messages, where=where)
+
+
+def choose_documents(paths: Sequence[Path], settings: DataSection, seed: int) -> tuple[list[Document], list[Document]]:
+    """(training, held-out) documents, shuffled by `seed`.
+
+    Raises DataError if nothing is left to train on.
+    """
+    if not paths:
+        raise DataError("no data: name at least one file")
+    rows = (document for path in paths for document in read_documents(path))
+    documents = [d for d in rows if not settings.sources or d.source in settings.sources]
+    if len(documents) <= settings.held_out:
+        named = f" of the sources {', '.join(settings.sources)}" if settings.sources else ""
+        raise DataError(
+            f"{len(documents)} documents{named} are too few to hold out {settings.held_out} (data.held_out)"
+        )
+    order = np.random.default_rng(seed).permutation(len(documents))
+    shuffled = [documents[i] for i in order]
+    return shuffled[settings.held_out :][: settings.limit], shuffled[: settings.held_out]
 
 
 def hash_files(paths: Sequence[Path]) -> str:
     """SHA-256 over the bytes of the files in order, for provenance."""
     digest = hashlib.sha256()
     for path in paths:
+        if not path.is_file():
+            raise DataError(f"no data file at {path}")
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenStream:
-    """All training text as one row of tokens. `trained` marks the tokens whose prediction is learnt from."""
-
-    tokens: np.ndarray[Any, np.dtype[np.int32]]
-    trained: np.ndarray[Any, np.dtype[np.bool_]]
-
-    def batch(self, step: int, rows: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The tokens [rows, length + 1] of step `step` and their marks.
-
-        Blocks are visited in an order shuffled anew each epoch; resuming at a step therefore needs no reader state.
-        """
-        blocks = (len(self.tokens) - 1) // length
-        if blocks < 1:
-            raise DataError(f"{len(self.tokens)} tokens of training text are fewer than one sequence of {length}")
-        visits = np.arange(step * rows, (step + 1) * rows)
-        chosen = np.array([_shuffled(seed, int(v // blocks), blocks)[v % blocks] for v in visits])
-        index = chosen[:, None] * length + np.arange(length + 1)
-        return torch.from_numpy(self.tokens[index].astype(np.int64)), torch.from_numpy(self.trained[index])
-
-
-_orders: dict[tuple[int, int, int], np.ndarray[Any, np.dtype[np.int64]]] = {}
-
-
-def _shuffled(seed: int, epoch: int, blocks: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    key = (seed, epoch, blocks)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = np.random.default_rng(key).permutation(blocks)
-    return _orders[key]
-
-
-def tokenize(documents: Sequence[Document], tokenizer: Any, *, assistant_only: bool) -> TokenStream:
-    """Render conversations with the tokenizer's chat template and join everything into one stream.
-
-    With `assistant_only`, only what the assistant says is trained on; plain text is always trained on.
-    """
-    pieces: list[np.ndarray[Any, np.dtype[np.int32]]] = []
-    marks: list[np.ndarray[Any, np.dtype[np.bool_]]] = []
-    for start in range(0, len(documents), 1024):
-        part = documents[start : start + 1024]
-        texts = [_render(document, tokenizer) for document in part]
-        encoded = tokenizer(
-            [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        for (_, spans), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            pieces.append(np.array(ids, dtype=np.int32))
-            marks.append(_mark(np.array(offsets)[:, 0], spans) if assistant_only else np.ones(len(ids), dtype=bool))
-    return TokenStream(np.concatenate(pieces), np.concatenate(marks))
-
-
-def _mark(starts: np.ndarray[Any, Any], spans: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    marked = np.zeros(len(starts), dtype=bool)
-    for begin, end in spans:
-        marked |= (starts >= begin) & (starts < end)
-    return marked
-
-
-def _render(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a document, and the character spans that the assistant wrote (its end-of-turn token included)."""
-    if document.messages is None:
-        text = (tokenizer.bos_token or "") + document.text + (tokenizer.eos_token or "")
-        return text, [(0, len(text))]
-    render = tokenizer.apply_chat_template
-    spans = []
-    for i, message in enumerate(document.messages):
-        if message["role"] == "assistant":
-            before = render(document.messages[:i], tokenize=False, add_generation_prompt=True)
-            after = render(document.messages[: i + 1], tokenize=False)
-            spans.append((len(before), len(after)))
-    return render(document.messages, tokenize=False), spans

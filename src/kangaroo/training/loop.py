@@ -1,20 +1,27 @@
 """The training loop: one for every objective. Step `s` depends on the recipe, the data and the state, on nothing else."""
 
-import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from kangaroo.training.checkpoint import load_state, save_state
-from kangaroo.training.data import TokenStream
+from kangaroo.errors import CapacityError, ConfigError
+from kangaroo.training.batches import Batches
+from kangaroo.training.checkpoint import Progress, load_state, save_state
+from kangaroo.training.estimate import estimate
+from kangaroo.training.interrupt import Interrupted, Interruption
+from kangaroo.training.metrics import Metrics
 from kangaroo.training.objective import Objective
+from kangaroo.training.provenance import provenance
 from kangaroo.training.recipe import OptimizerSection, Recipe
+from kangaroo.training.report import Clock, Report
+from kangaroo.training.resume import STATE
 
-STATE = "state.safetensors"
-METRICS = "metrics.jsonl"
-Report = Callable[[dict[str, float]], None]
+BEST = "best"
 
 
 def make_optimizer(objective: Objective, settings: OptimizerSection) -> torch.optim.AdamW:
@@ -27,64 +34,151 @@ def make_optimizer(objective: Objective, settings: OptimizerSection) -> torch.op
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
-def fit(objective: Objective, stream: TokenStream, recipe: Recipe, report: Report, *, resume: bool) -> None:
-    """Run the recipe's steps from the start, or with `resume` from the last checkpoint in its output folder."""
-    optimizer = make_optimizer(objective, recipe.optimizer)
-    folder, schedule = recipe.output, recipe.schedule
-    first = load_state(folder / STATE, objective.parameters(), optimizer) if resume else 0
-    best = float("-inf")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / METRICS).open("a" if resume else "w", encoding="utf-8") as metrics:
+class Trainer:
+    """A run from where it stands to the last step of its recipe.
 
-        def record(row: dict[str, float]) -> None:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            report(row)
+    The state is saved before the first step, so that a run can be resumed from any moment of its life; metrics rows
+    and best weights written after the last checkpoint are written again, identically, when it is.
+    """
 
-        for step in range(first, schedule.steps):
-            record(train_step(objective, optimizer, stream, recipe, step))
-            done = step + 1
-            if done % recipe.run.evaluate_every == 0 or done == schedule.steps:
-                figures = objective.evaluate()
-                record({"step": done, **{f"held_out/{name}": value for name, value in figures.items()}})
-                if figures["score"] > best:
-                    best = figures["score"]
-                    objective.save(folder / "best")
-            if done % recipe.run.checkpoint_every == 0 or done == schedule.steps:
-                save_state(folder / STATE, objective.parameters(), optimizer, done)
+    def __init__(self, objective: Objective, batches: Batches, recipe: Recipe, progress: Progress):
+        self.objective, self.batches, self.recipe = objective, batches, recipe
+        self.folder, self.identity = recipe.output, progress.identity
+        self.step, self.best = progress.step, progress.best
+        self.optimizer = make_optimizer(objective, recipe.optimizer)
+        if (self.folder / STATE).is_file():
+            load_state(self.folder / STATE, objective.parameters(), self.optimizer)
+        else:
+            self.checkpoint()
 
+    def fit(self, report: Report) -> Path:
+        """Train; returns the folder of the best weights.
 
-def train_step(
-    objective: Objective, optimizer: torch.optim.AdamW, stream: TokenStream, recipe: Recipe, step: int
-) -> dict[str, float]:
-    """One optimiser step over all its micro-batches; returns the row for the metrics file."""
-    started, schedule = time.perf_counter(), recipe.schedule
-    rows, length = schedule.shape(step)
-    total, tokens = 0.0, 0
-    for micro in range(schedule.accumulate):
-        batch, trained = stream.batch(step * schedule.accumulate + micro, rows, length, recipe.seed)
-        loss = objective.loss(batch, trained)
-        loss.total.backward()
-        total, tokens = total + float(loss.total.detach()), tokens + loss.tokens
-    parameters = list(objective.parameters().values())
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.div_(max(1, tokens))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.optimizer.learning_rate * schedule.learning_rate_factor(step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - started
-    return {
-        "step": step + 1,
-        "loss": total / max(1, tokens),
-        "gradient_norm": float(norm),
-        "learning_rate": optimizer.param_groups[0]["lr"],
-        "tokens_per_second": schedule.accumulate * rows * length / seconds,
-    }
+        Raises Interrupted after Ctrl-C, ConfigError if the loss is not finite, CapacityError if memory or disk do not
+        suffice; the last checkpoint is intact in every case.
+        """
+        run, steps = self.recipe.run, self.recipe.schedule.steps
+        with (
+            Metrics(self.folder, self.step, tensorboard=run.tensorboard) as metrics,
+            Interruption() as interruption,
+        ):
+            if self.step < steps:
+                with self._enough_memory():
+                    report(estimate(self.objective, self.batches, self.recipe, step=self.step))
+            clock = Clock("train", self.step, steps, report)
+            while self.step < steps:
+                with self._enough_memory():
+                    row = self.train_step()
+                with self._writing():
+                    metrics.record(row)
+                clock.advance(self.step, self.tokens_per_step(self.step - 1), row)
+                if self._due(run.evaluate_every):
+                    self._evaluate(metrics, clock)
+                if self._due(run.checkpoint_every) or interruption.requested:
+                    with self._writing():
+                        metrics.sync()
+                    self.checkpoint()
+                if interruption.requested and self.step < steps:
+                    raise Interrupted(self.folder, self.step)
+        return self.folder / BEST
 
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step over all its micro-batches; returns the row for the metrics file."""
+        began, schedule, step = time.perf_counter(), self.recipe.schedule, self.step
+        rows, length = schedule.shape(step)
+        total, tokens, extra = 0.0, 0, dict[str, float]()
+        for micro in range(schedule.accumulate):
+            batch = self.batches.batch(step * schedule.accumulate + micro, rows, length, self.recipe.seed)
+            loss = self.objective.loss(batch.to(self.objective.device))
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            total, tokens = total + float(loss.total.detach()), tokens + loss.tokens
+            extra = {name: extra.get(name, 0.0) + value for name, value in loss.extra.items()}
+        parameters = list(self.objective.parameters().values())
+        for parameter in parameters:
+            if parameter.grad is not None:
+                # Sums of token losses were added up, so that micro-batches count by their tokens.
+                parameter.grad.div_(max(1, tokens))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm))
+        self._refuse_divergence(total, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.optimizer.learning_rate * schedule.learning_rate_factor(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": total / max(1, tokens),
+            **{name: value / max(1, tokens) for name, value in extra.items()},
+            "gradient_norm": norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": self.tokens_per_step(step) / (time.perf_counter() - began),
+        }
 
-def is_resumable(folder: Path) -> bool:
-    """Whether a checkpoint lies in `folder`."""
-    return (folder / STATE).is_file()
+    def tokens_per_step(self, step: int) -> int:
+        """Input tokens of an optimiser step, padding included."""
+        rows, length = self.recipe.schedule.shape(step)
+        return self.recipe.schedule.accumulate * rows * length
+
+    def checkpoint(self) -> None:
+        """Save everything the next step depends on."""
+        progress = Progress(self.step, self.best, self.recipe.model_dump(mode="json"), self.identity)
+        self._refuse_broken_weights()
+        with self._writing():
+            save_state(self.folder / STATE, self.objective.parameters(), self.optimizer, progress)
+
+    def _evaluate(self, metrics: Metrics, clock: Clock) -> None:
+        self._refuse_broken_weights()
+        with self._enough_memory():
+            figures = self.objective.evaluate()
+        row = {"step": self.step, **{f"held_out/{name}": value for name, value in figures.items()}}
+        with self._writing():
+            metrics.record(row)
+            if self.best is None or figures["score"] > self.best:
+                self.best = figures["score"]
+                self.objective.save(self.folder / BEST, self._provenance(figures))
+        clock.note("evaluate", row)
+
+    def _provenance(self, figures: Mapping[str, float]) -> dict[str, object]:
+        return provenance(self.recipe, self.identity, self.step, figures)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.recipe.schedule.steps
+
+    def _refuse_divergence(self, total: float, norm: float) -> None:
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise ConfigError(
+                f"step {self.step + 1}: the loss is {total:g} and its gradient {norm:g}; training has diverged. The "
+                f"checkpoint in {self.folder} is intact; lower optimizer.learning_rate or lengthen the warm-up"
+            )
+
+    def _refuse_broken_weights(self) -> None:
+        for name, parameter in self.objective.parameters().items():
+            if not torch.isfinite(parameter).all():
+                raise ConfigError(
+                    f"step {self.step}: {name} is no longer finite; nothing was saved over the checkpoint in "
+                    f"{self.folder}. Lower optimizer.learning_rate"
+                )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CapacityError(
+                f"cannot write to {self.folder} after step {self.step}: {error}. The checkpoint saved before is intact; "
+                "make room and resume"
+            ) from None
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # A GPU's allocator has an exception of its own, the CPU's only a message.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            rows, length = self.recipe.schedule.shape(self.step)
+            raise CapacityError(
+                f"{rows} sequences of {length} tokens do not fit in memory; lower schedule.batch_sequences and raise "
+                "schedule.accumulate by as much: the gradients are the same"
+            ) from None

@@ -3,14 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from kangaroo.training.batches import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Loss summed over the marked tokens of a micro-batch, and what else is worth plotting, summed likewise."""
+    """Loss summed over the tokens of a micro-batch that are learnt from, and what else is worth plotting, likewise."""
 
     total: Tensor
     tokens: int
@@ -20,18 +23,31 @@ class Loss:
 class Objective(Protocol):
     """One kind of training."""
 
+    device: torch.device
+    """Where batches belong."""
+
+    frozen_bytes: int
+    """Memory of weights that are run but not trained."""
+
+    evaluation_tokens: int
+    """Tokens that one evaluation runs over."""
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What the optimiser may change, by name."""
         ...
 
-    def loss(self, tokens: Tensor, trained: Tensor) -> Loss:
-        """The loss of a micro-batch. tokens [B, T + 1]; trained [B, T + 1] marks the tokens learnt from."""
+    def loss(self, batch: Batch) -> Loss:
+        """The loss of a micro-batch, with gradients."""
         ...
 
     def evaluate(self) -> Mapping[str, float]:
         """Held-out figures; `score` is the one to maximise."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write the trained weights in their final form."""
+    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write the trained weights in their final form, and where they come from."""
+        ...
+
+    def activation_bytes(self, rows: int, length: int) -> int:
+        """About how much a micro-batch needs beside the weights, in bytes."""
         ...

@@ -1,16 +1,14 @@
 """Recipes: TOML files that say everything about a training run but where the data lies."""
 
-import difflib
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from kangaroo.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -29,14 +27,15 @@ class DataSection(Section):
     assistant_only: bool = True
     """Learn only from what the assistant says (paper); false learns from every token."""
     limit: Positive | None = None
+    """Train on at most this many documents."""
 
 
 class OptimizerSection(Section):
     """AdamW."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Weight = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -44,8 +43,8 @@ class ScheduleSection(Section):
     """How long: linear warm-up, constant, linear decay to zero over the last `decay_steps`."""
 
     steps: Positive
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
+    decay_steps: Count = 0
     batch_sequences: Positive = 8
     accumulate: Positive = 1
     """Micro-batches per optimiser step, each of `batch_sequences`; gradients are those of the joint batch."""
@@ -53,6 +52,12 @@ class ScheduleSection(Section):
     lengthen_at: Positive | None = None
     """From this step on, sequences are `long_sequence_length` long and as many fewer."""
     long_sequence_length: Positive | None = None
+
+    @model_validator(mode="after")
+    def _lengthen_both_or_neither(self) -> Self:
+        if (self.lengthen_at is None) != (self.long_sequence_length is None):
+            raise ValueError("lengthen_at and long_sequence_length go together")
+        return self
 
     def learning_rate_factor(self, step: int) -> float:
         """Multiplier of the peak learning rate at optimiser step `step`, from 0."""
@@ -67,14 +72,25 @@ class ScheduleSection(Section):
         rows = self.batch_sequences * self.sequence_length // self.long_sequence_length
         return max(1, rows), self.long_sequence_length
 
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence of the run."""
+        return max(self.sequence_length, self.long_sequence_length or 0)
+
 
 class RunSection(Section):
     """How the run is carried out; none of it changes what is learnt beyond rounding."""
 
     compile: bool = False
+    """Compile the model; for targets trained from scratch only."""
     mixed_precision: Literal["off", "bf16"] = "off"
+    """Run matrix products in bfloat16 by autocast; weights and optimiser stay in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision the frozen target is loaded in; auto is float32 on a CPU, the checkpoint's own on a GPU."""
     checkpoint_every: Positive = 100
     evaluate_every: Positive = 200
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
 
 
 class ModelSection(Section):
@@ -89,12 +105,60 @@ class ModelSection(Section):
     initializer_range: float = 0.02
 
 
+class AdapterSection(Section):
+    """What is trained, and from where."""
+
+    exit_layer: Count
+    """Layers of the target that run before the adapter."""
+    variant: Literal["kangaroo", "own-head", "full-layer", "mlp-only"] = "kangaroo"
+    init: Literal["target", "random"] = "target"
+    """Start from the attention and norm of the target's own layer at the exit, or from noise."""
+
+
+class LossSection(Section):
+    """Weights of the two terms, both means over the tokens learnt from."""
+
+    soft_cross_entropy: Weight = 1.0
+    """Cross-entropy of the draft distribution q against the target's p, at temperature 1 (paper)."""
+    acceptance: Weight = 0.0
+    """1 - sum of min(p, q): the chance that a token drawn from q is rejected."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if self.soft_cross_entropy + self.acceptance == 0:
+            raise ValueError("soft_cross_entropy and acceptance must not both be 0")
+        return self
+
+
+class RegenerateSection(Section):
+    """Replace the answers of some training documents by the target's own, generated once before training."""
+
+    prompts: Positive
+    """How many documents, the first of the shuffled training set; the others keep their words."""
+    max_tokens: Positive = 256
+    temperature: Weight = 0.0
+    batch: Positive = 16
+
+
+class EvaluationSection(Section):
+    """Held-out text that the target writes once, and the drafting that is simulated on it at every evaluation."""
+
+    prompts: Positive = 32
+    max_tokens: Positive = 128
+    batch: Positive = 16
+    """Prompts answered together, and sequences evaluated together."""
+    max_draft: Positive = 6
+    """The paper's gamma."""
+    threshold: Share = 0.6
+    """The paper's eta."""
+
+
 class Recipe(Section):
     """What every kind of run has in common."""
 
     kind: str
     output: Path
-    seed: int = 0
+    seed: Count = 0
     data: DataSection = DataSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection
@@ -108,42 +172,32 @@ class TargetRecipe(Recipe):
     model: ModelSection
 
 
-RECIPES: dict[str, type[Recipe]] = {"target": TargetRecipe}
+class AdapterRecipe(Recipe):
+    """Train an adapter for a frozen target."""
+
+    kind: Literal["adapter"]
+    target: str
+    """"demo", a folder, or a hub name."""
+    adapter: AdapterSection
+    loss: LossSection = LossSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    regenerate: RegenerateSection | None = None
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        if self.run.compile:
+            raise ValueError("run.compile is for targets trained from scratch")
+        if self.evaluation.prompts > self.data.held_out:
+            raise ValueError(f"evaluation.prompts is {self.evaluation.prompts}, more than data.held_out")
+        return self
 
 
-def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe; `overrides` maps dotted keys ("schedule.steps") to values that replace the file's.
-
-    Raises ConfigError naming the key, and the nearest known one for a key that does not exist.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no recipe at {path}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    for dotted, value in (overrides or {}).items():
-        *sections, key = dotted.split(".")
-        place = table
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    kind = table.get("kind")
-    if kind not in RECIPES:
-        raise ConfigError(f"{path}: kind must be one of {', '.join(RECIPES)}, got {kind!r}")
-    try:
-        return RECIPES[kind].model_validate(table)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error, RECIPES[kind])}") from None
+RECIPES: dict[str, type[Recipe]] = {"target": TargetRecipe, "adapter": AdapterRecipe}
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    if first["type"] != "extra_forbidden":
-        return f"{'.'.join(path)}: {first['msg']}, got {first.get('input')!r}"
-    section: Any = model
-    for part in path[:-1]:
-        section = section.model_fields[part].annotation
-    near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
-    return f"unknown key {'.'.join(path)!r}; did you mean {near[0]!r}?"
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

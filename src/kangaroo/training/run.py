@@ -15,7 +15,9 @@ from kangaroo.training.tokenizer import train_tokenizer
 
 def choose_documents(paths: Sequence[Path], settings: DataSection, seed: int) -> tuple[list[Document], list[Document]]:
     """(training, held-out) documents, shuffled by `seed`."""
-    documents = [d for path in paths for d in read_documents(path) if not settings.sources or d.source in settings.sources]
+    documents = [
+        d for path in paths for d in read_documents(path) if not settings.sources or d.source in settings.sources
+    ]
     if len(documents) <= settings.held_out:
         raise DataError(f"{len(documents)} documents are too few to hold out {settings.held_out}")
     order = np.random.default_rng(seed).permutation(len(documents))

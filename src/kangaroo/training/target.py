@@ -1,5 +1,7 @@
 """Training a target from scratch: next-token loss on a Llama architecture, nothing else."""
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kangaroo.training.data import TokenStream
+from kangaroo.training.batches import Batch, Stream
 from kangaroo.training.objective import Loss
 from kangaroo.training.recipe import ModelSection, RunSection
+
+EVALUATION_LENGTH, EVALUATION_ROWS = 256, 32
 
 
 def build_model(shape: ModelSection, tokenizer: Any, seed: int) -> LlamaForCausalLM:
@@ -37,10 +41,14 @@ def build_model(shape: ModelSection, tokenizer: Any, seed: int) -> LlamaForCausa
 
 
 class NextToken:
-    """Cross-entropy of the next token at every trained position."""
+    """Cross-entropy of the next token at every position whose next token is learnt from."""
 
-    def __init__(self, model: Any, tokenizer: Any, held_out: TokenStream, run: RunSection):
+    frozen_bytes = 0
+
+    def __init__(self, model: Any, tokenizer: Any, held_out: Stream, run: RunSection):
         self.model, self.tokenizer, self.held_out, self.run = model, tokenizer, held_out, run
+        self.device: torch.device = model.device
+        self.evaluation_tokens = self._evaluation_rows * EVALUATION_LENGTH
         self._logits = torch.compile(self._forward) if run.compile else self._forward
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -51,25 +59,41 @@ class NextToken:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.run.mixed_precision == "bf16"):
             return self.model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
-    def loss(self, tokens: Tensor, trained: Tensor) -> Loss:
+    def loss(self, batch: Batch) -> Loss:
         """Cross-entropy summed over the trained tokens, in nats."""
-        logits = self._logits(tokens[:, :-1]).float()
-        each = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        mask = trained[:, 1:].flatten()
+        logits = self._logits(batch.tokens[:, :-1]).float()
+        each = functional.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+        mask = batch.trained[:, 1:].flatten()
         return Loss((each * mask).sum(), int(mask.sum()), {})
+
+    @property
+    def _evaluation_rows(self) -> int:
+        return max(1, min(EVALUATION_ROWS, (len(self.held_out.corpus.tokens) - 1) // EVALUATION_LENGTH))
 
     @torch.no_grad()
     def evaluate(self) -> Mapping[str, float]:
-        """Mean next-token loss in nats on held-out documents, at the run's first sequence length."""
-        length = 256
-        rows = max(1, min(32, (len(self.held_out.tokens) - 1) // length))
-        tokens, trained = self.held_out.batch(0, rows, length, seed=0)
-        result = self.loss(tokens, trained)
-        mean = float(result.total) / result.tokens
+        """Mean next-token loss in nats on held-out text; `score` is its negative."""
+        batch = self.held_out.batch(0, self._evaluation_rows, EVALUATION_LENGTH, seed=0)
+        result = self.loss(batch.to(self.device))
+        mean = float(result.total) / max(1, result.tokens)
         return {"loss": mean, "score": -mean}
 
-    def save(self, folder: Path) -> None:
-        """A Hugging Face checkpoint in bfloat16, tokenizer included."""
+    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """A Hugging Face checkpoint in bfloat16, tokenizer and training.json included; replaces the folder as a whole."""
+        part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         state = {name: value.to(torch.bfloat16) for name, value in self.model.state_dict().items()}
-        self.model.save_pretrained(folder, state_dict=state)
-        self.tokenizer.save_pretrained(folder)
+        self.model.save_pretrained(part, state_dict=state)
+        self.tokenizer.save_pretrained(part)
+        (part / "training.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def activation_bytes(self, rows: int, length: int) -> int:
+        """Saved activations of every layer, and logits with their gradients, in float32."""
+        config = self.model.config
+        layer = 12 * config.hidden_size + 4 * config.intermediate_size + config.num_attention_heads * length
+        return 4 * rows * length * (config.num_hidden_layers * layer + 4 * config.vocab_size)

@@ -1,0 +1,59 @@
+# Everything lives in .venv. Targets that need it set it up first; later calls find it ready.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What to ask pip for; say TORCH="torch --index-url ..." for a build that your package index does not serve by default.
+TORCH ?= torch
+# Options for the command behind a target: make demo ARGS=--json, make test ARGS="-k cache -x".
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo fmt check test test-all test-gpu docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## set .venv up: the package, editable, with everything that work on it needs
+
+# torch comes first and alone: while it is pinned and present, nothing else can pull in another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Kangaroo needs Python 3.11 or later, but $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)."; \
+		echo "Name another one, for instance: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; \
+		exit 1; } >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	@$(PIP_INSTALL) $(TORCH)
+	@$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	@touch $@
+
+demo: $(STAMP) ## the demo model with Kangaroo and without: same text, speed-up
+	@$(BIN)/kangaroo demo $(ARGS)
+
+fmt: $(STAMP) ## format the code and repair what can be repaired
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(STAMP) ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(STAMP) ## the quick tests
+	$(BIN)/pytest $(ARGS)
+
+test-all: $(STAMP) ## every test that needs no accelerator
+	$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need an accelerator
+	$(BIN)/pytest -m gpu $(ARGS)
+
+docs: $(STAMP) ## do links resolve, and do the documents name the files that exist?
+	$(BIN)/pytest tests/test_docs.py $(ARGS)
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""Two decoders on the same prompts, in turn, so that a drifting machine cancels out of the ratio."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from kangaroo.decoder import Completion, Decoder, Stats
+from kangaroo.sampling import Sampling
+from kangaroo.text import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One decoder's answer to one prompt."""
+
+    completion: Completion
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Baseline and method on one prompt."""
+
+    prompt: Prompt
+    baseline: Answer
+    method: Answer
+
+    @property
+    def identical(self) -> bool:
+        """Whether both emitted the same tokens."""
+        return self.baseline.completion.tokens == self.method.completion.tokens
+
+    @property
+    def repetitive(self) -> bool:
+        """Whether the baseline's answer repeats some 4-gram three times; drafting such text is easy."""
+        tokens = self.baseline.completion.tokens
+        grams = Counter(tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3))
+        return max(grams.values(), default=0) >= 3
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All pairs of a run. Speeds are total tokens over total seconds, prefill included."""
+
+    pairs: list[Pair]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every answer is the same."""
+        return all(pair.identical for pair in self.pairs)
+
+    @property
+    def speedup(self) -> float:
+        """The method's tokens per second over the baseline's."""
+        return self._speed("method") / self._speed("baseline")
+
+    @property
+    def decode_speedup(self) -> float:
+        """The same over decoding time alone."""
+        return self._speed("method", prefill=False) / self._speed("baseline", prefill=False)
+
+    @property
+    def baseline_speed(self) -> float:
+        """The baseline's tokens per second."""
+        return self._speed("baseline")
+
+    @property
+    def method_speed(self) -> float:
+        """The method's tokens per second."""
+        return self._speed("method")
+
+    @property
+    def compression_rate(self) -> float:
+        """The method's emitted tokens per round."""
+        answers = [pair.method.stats for pair in self.pairs]
+        return sum(s.emitted for s in answers) / max(1, sum(s.rounds for s in answers))
+
+    @property
+    def drafts(self) -> list[int]:
+        """Drafted tokens of each of the method's rounds."""
+        return [count for pair in self.pairs for count in pair.method.stats.drafts]
+
+    def without_repetitions(self) -> "Comparison":
+        """Only the answers that do not go in circles."""
+        return replace(self, pairs=[pair for pair in self.pairs if not pair.repetitive])
+
+    def _speed(self, side: str, *, prefill: bool = True) -> float:
+        stats: list[Stats] = [getattr(pair, side).stats for pair in self.pairs]
+        seconds = sum(s.decode_seconds + prefill * s.prefill_seconds for s in stats)
+        return sum(s.emitted for s in stats) / max(seconds, 1e-9)
+
+
+def compare(
+    baseline: Decoder,
+    method: Decoder,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    report: Callable[[Pair], None] = lambda pair: None,
+) -> Comparison:
+    """Answer every prompt with both decoders, alone, taking turns at going first; the first prompt warms both up."""
+    for decoder in (baseline, method):
+        decoder.generate(prompts[:1], max_tokens=max_tokens, sampling=sampling)
+    pairs = []
+    for place, prompt in enumerate(prompts):
+        answers: dict[str, Answer] = {}
+        turns = [("baseline", baseline), ("method", method)]
+        for side, decoder in turns if place % 2 == 0 else reversed(turns):
+            completion = decoder.generate([prompt], max_tokens=max_tokens, sampling=sampling)[0]
+            answers[side] = Answer(completion, decoder.stats)
+        pairs.append(Pair(prompt, **answers))
+        report(pairs[-1])
+    return Comparison(pairs)
+
+
+def without_end(sampling: Sampling, eos: Sequence[int]) -> Sampling:
+    """The same sampling with every end-of-sequence token barred, so that each answer has exactly max_tokens."""
+    return replace(sampling, logit_bias={**sampling.logit_bias, **{token: float("-inf") for token in eos}})

@@ -1,0 +1,245 @@
+"""Strings in, pieces of text out: a target, a drafter and a tokenizer in one object."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kangaroo import demo
+from kangaroo.decode import Round, decode, start
+from kangaroo.drafters import DRAFTERS, MakeDrafter, NoDrafter
+from kangaroo.errors import ConfigError, ModelError
+from kangaroo.model import Target
+from kangaroo.sampling import Sampling
+from kangaroo.state import Request, State
+from kangaroo.text import Prompt, TextStream, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Newly readable text."""
+
+    text: str
+    token: int
+    drafted: bool
+    """Whether its token was drafted and accepted; false for the target's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer."""
+
+    text: str
+    tokens: list[int]
+    """Every emitted token, an end-of-sequence token included."""
+    drafted: list[bool]
+    """Which of them were drafted and accepted."""
+    finish_reason: str
+    """"stop" (end of sequence or a stop string) or "length" (max_tokens or the context)."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts and seconds of one call. A round counts once for every row it advanced."""
+
+    rounds: int = 0
+    emitted: int = 0
+    drafted: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    lengths: list[int] = field(default_factory=list)
+    """Tokens emitted by each row-round, in order."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens drafted in each row-round, in order."""
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were emitted."""
+        return self.emitted - self.rounds
+
+    @property
+    def compression_rate(self) -> float:
+        """CR: mean tokens per round, the target's own one included."""
+        return self.emitted / self.rounds if self.rounds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens over prefill and decoding time, all rows together."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.emitted / seconds if seconds else 0.0
+
+    def add(self, done: Round) -> None:
+        """Count a round."""
+        for emitted, drafted in zip(done.emitted, done.drafted, strict=True):
+            if emitted:
+                self.rounds += 1
+                self.emitted += len(emitted)
+                self.drafted += drafted
+                self.lengths.append(len(emitted))
+                self.drafts.append(drafted)
+
+
+class Decoder:
+    """Generates text with one target and one drafter.
+
+    `stats` describes the latest call; while a stream is being read, the call so far.
+    """
+
+    def __init__(self, target: Target, make_drafter: MakeDrafter, tokenizer: Tokenizer, eos: Sequence[int]):
+        self.target, self.make_drafter, self.tokenizer, self.eos = target, make_drafter, tokenizer, tuple(eos)
+        self.stats = Stats()
+
+    def plain(self) -> "Decoder":
+        """The same target without drafting: the baseline, on the same weights and kernels."""
+        return Decoder(self.target, NoDrafter, self.tokenizer, self.eos)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Text as it becomes readable. Prompts are text taken as it stands, or chat messages.
+
+        Errors in the arguments are raised here, before the first piece is asked for.
+        """
+        text = TextStream(self.tokenizer, stop)
+        state, rounds = self._start([prompt], max_tokens, sampling or Sampling())
+        return self._read(state, rounds, text)
+
+    def _read(self, state: State, rounds: Iterator[Round], text: TextStream) -> Iterator[Piece]:
+        last = -1
+        for done in rounds:
+            for token, drafted in _marked(done.emitted[0]):
+                last = token
+                if piece := text.push(token):
+                    yield Piece(piece, token, drafted)
+                if text.stopped:
+                    state.finish(0)
+                    break
+        if rest := text.flush():
+            yield Piece(rest, last, False)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """Complete a batch of prompts together; each gets the text it would get alone."""
+        texts = [TextStream(self.tokenizer, stop) for _ in prompts]
+        state, rounds = self._start(prompts, max_tokens, sampling or Sampling())
+        parts: list[list[str]] = [[] for _ in prompts]
+        marked: list[list[tuple[int, bool]]] = [[] for _ in prompts]
+        for done in rounds:
+            for row, emitted in enumerate(done.emitted):
+                for token, drafted in _marked(emitted):
+                    if texts[row].stopped:
+                        break
+                    marked[row].append((token, drafted))
+                    parts[row].append(texts[row].push(token))
+                if texts[row].stopped:
+                    state.finish(row)
+        for row, text in enumerate(texts):
+            parts[row].append(text.flush())
+        return [
+            Completion(
+                "".join(parts[row]),
+                [token for token, _ in marked[row]],
+                [drafted for _, drafted in marked[row]],
+                "stop" if texts[row].stopped or marked[row][-1][0] in self.eos else "length",
+            )
+            for row in range(len(prompts))
+        ]
+
+    def _start(self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling) -> tuple[State, Iterator[Round]]:
+        requests = [Request(self.tokenizer.encode(prompt), sampling, max_tokens) for prompt in prompts]
+        drafter, self.stats = self.make_drafter(), Stats()
+        began = time.perf_counter()
+        state = start(self.target, drafter, requests, eos=self.eos)
+        synchronise(self.target.device)
+        self.stats.prefill_seconds = time.perf_counter() - began
+        return state, self._counted(decode(self.target, drafter, state), self.stats)
+
+    def _counted(self, rounds: Iterator[Round], stats: Stats) -> Iterator[Round]:
+        while True:
+            began = time.perf_counter()
+            done = next(rounds, None)
+            if done is None:
+                return
+            stats.decode_seconds += time.perf_counter() - began
+            stats.add(done)
+            yield done
+
+
+def _marked(emitted: list[int]) -> list[tuple[int, bool]]:
+    return [(token, place < len(emitted) - 1) for place, token in enumerate(emitted)]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    *,
+    drafter: str = "kangaroo",
+    adapter: str | Path | None = None,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Decoder:
+    """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
+
+    `adapter` is a folder written by `kangaroo train`; the demo model brings its own. `settings` are the drafter's, such
+    as max_draft, threshold or exit_layer. `dtype` defaults to the checkpoint's on a GPU and to what the CPU runs
+    fastest otherwise. For device maps or quantisation, load the model with transformers and pass it in.
+
+    Raises ConfigError, ModelError or AdapterError.
+    """
+    if drafter not in DRAFTERS:
+        raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, got {drafter!r}")
+    if str(model) == "demo":
+        model, adapter = demo.TARGET, adapter or demo.ADAPTER
+    loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(loaded.config._name_or_path)
+    target = Target(loaded)
+    make_drafter = DRAFTERS[drafter](target, None if adapter is None else Path(adapter), settings)
+    return Decoder(target, make_drafter, Tokenizer(tokenizer), end_tokens(loaded))
+
+
+def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal LM from a folder or hub name, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None and device.type == "cpu":
+        dtype = fastest_cpu_dtype()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot load a causal LM from {name}: {first}") from None
+    return model.to(device)
+
+
+def fastest_cpu_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it natively, else float32 (bfloat16 is then emulated, 100 times slower)."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """The token ids that end a text, as transformers' own generation reads them."""
+    value = model.generation_config.eos_token_id if model.generation_config is not None else None
+    value = model.config.eos_token_id if value is None else value
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)

@@ -1,0 +1,144 @@
+"""From documents to tokens, and which of the tokens are learnt from."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kangaroo.errors import DataError
+from kangaroo.training.data import Document, Messages
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+Marks = np.ndarray[Any, np.dtype[np.bool_]]
+Spans = list[tuple[int, int]]
+CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Tokenised documents one after another. `trained` marks the tokens whose prediction is learnt from."""
+
+    tokens: Ints
+    trained: Marks
+    starts: np.ndarray[Any, np.dtype[np.int64]]
+    """Where each document starts, and the end of the last one."""
+
+    @classmethod
+    def join(cls, documents: Iterable[tuple[Sequence[int] | Ints, Sequence[bool] | Marks]]) -> "Corpus":
+        """Lay (tokens, trained) pairs end to end. Raises DataError if there are none."""
+        pairs = [(np.asarray(tokens, dtype=np.int32), np.asarray(marks, dtype=bool)) for tokens, marks in documents]
+        if not pairs:
+            raise DataError("there is no text to learn from")
+        starts = np.cumsum([0, *(len(tokens) for tokens, _ in pairs)])
+        return cls(np.concatenate([t for t, _ in pairs]), np.concatenate([m for _, m in pairs]), starts)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.starts) - 1
+
+    def document(self, index: int) -> tuple[Ints, Marks]:
+        """(tokens, trained) of one document."""
+        place = slice(self.starts[index], self.starts[index + 1])
+        return self.tokens[place], self.trained[place]
+
+
+def tokenize(documents: Sequence[Document], tokenizer: Any, *, assistant_only: bool) -> Corpus:
+    """Render conversations with the tokenizer's chat template and tokenise everything.
+
+    With `assistant_only`, only what the assistant says is learnt from, the token that ends its turn included; plain
+    text is learnt from whole. Raises DataError for conversations that the tokenizer's template cannot render, or
+    whose assistant turns cannot be found in the rendered text.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(f"{type(tokenizer).__name__} cannot tell which characters its tokens cover (no tokenizer.json)")
+    return Corpus.join(_tokenize(documents, tokenizer, assistant_only))
+
+
+def _tokenize(documents: Sequence[Document], tokenizer: Any, assistant_only: bool) -> Iterator[tuple[Ints, Marks]]:
+    for start in range(0, len(documents), CHUNK):
+        texts = [text for d in documents[start : start + CHUNK] for text in render(d, tokenizer, assistant_only)]
+        encoded = tokenizer(
+            [text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        for (_, spans), ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            yield np.array(ids, dtype=np.int32), _mark(np.array(offsets).reshape(-1, 2)[:, 0], spans)
+
+
+def _mark(starts: np.ndarray[Any, Any], spans: Spans) -> Marks:
+    marked = np.zeros(len(starts), dtype=bool)
+    for begin, end in spans:
+        marked |= (starts >= begin) & (starts < end)
+    return marked
+
+
+def render(document: Document, tokenizer: Any, assistant_only: bool) -> list[tuple[str, Spans]]:
+    """The texts of a document, each with the character spans to learn from.
+
+    That is one text, unless the chat template rewrites earlier turns as a conversation goes on (dropping what a model
+    thought, say). Then each assistant turn becomes a text of its own, with its history as decoding would see it.
+    """
+    if document.messages is None:
+        text = (tokenizer.bos_token or "") + document.text + (tokenizer.eos_token or "")
+        return [(text, [(0, len(text))])]
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{document.where}: a conversation, but the target has no chat template; it needs plain text rows"
+        )
+    whole = _apply(document, tokenizer, document.messages)
+    if not assistant_only:
+        return [(whole, [(0, len(whole))])]
+    turns = [_turn(document, tokenizer, i) for i in answers(document.messages)]
+    if all(whole.startswith(text) for text, _ in turns):
+        return [(whole, [span for _, spans in turns for span in spans])]
+    return turns
+
+
+def answers(messages: Messages) -> list[int]:
+    """The assistant turns that answer something."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+
+
+def _turn(document: Document, tokenizer: Any, index: int) -> tuple[str, Spans]:
+    """The conversation up to and including one assistant message, and where that message lies in it."""
+    assert document.messages is not None
+    before = _apply(document, tokenizer, document.messages[:index], prompt=True)
+    text = _apply(document, tokenizer, document.messages[: index + 1])
+    if not text.startswith(before):
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise DataError(
+            f"{document.where}: the chat template of {name} renders an answer so that it does not continue its own "
+            "generation prompt; set data.assistant_only = false to learn from whole conversations"
+        )
+    return text, [(len(before), len(text))]
+
+
+def _apply(document: Document, tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except TemplateError as error:
+        raise DataError(f"{document.where}: the chat template refuses this conversation: {error}") from None
+
+
+def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[list[int]]:
+    """What the target is to answer in each document: token ids, as decoding would see them.
+
+    A conversation is cut before one of its assistant turns, plain text after a quarter to a half of its tokens; both
+    chosen by (`seed`, place in the list). Conversations without an assistant turn are answered at their end.
+    """
+    chosen = []
+    for number, document in enumerate(documents):
+        draw = np.random.default_rng((seed, number)).random()
+        if document.messages is None:
+            ids = tokenizer((tokenizer.bos_token or "") + document.text, add_special_tokens=False)["input_ids"]
+            chosen.append(list(ids[: max(1, int(len(ids) * (1 + draw) / 4))]))
+            continue
+        if not tokenizer.chat_template:
+            raise DataError(f"{document.where}: a conversation, but the target has no chat template")
+        turns = answers(document.messages)
+        end = turns[int(draw * len(turns))] if turns else len(document.messages)
+        text = _apply(document, tokenizer, document.messages[:end], prompt=True)
+        chosen.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return chosen
