@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # What to ask pip for; say TORCH="torch --index-url ..." for a build that your package index does not serve by default.
 TORCH ?= torch
 # Options for the command behind a target: make demo ARGS=--json, make test ARGS="-k cache -x".
@@ -21,7 +21,7 @@ install: $(STAMP) ## set .venv up: the package, editable, with everything that w
 # torch comes first and alone: while it is pinned and present, nothing else can pull in another build of it.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "Kangaroo needs Python 3.11 or later, but $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)."; \
+		echo "Kangaroo needs Python 3.11 or later, but $(PYTHON) is $$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1 | head -n 1 || echo not there)."; \
 		echo "Name another one, for instance: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; \
 		exit 1; } >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,9 +33,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the demo model with Kangaroo and without: same text, speed-up
 	@$(BIN)/kangaroo demo $(ARGS)
 
-fmt: $(STAMP) ## format the code and repair what can be repaired
+fmt: $(STAMP) ## format the code, repair what can be repaired, renew the README's tree
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python tests/test_docs.py
 
 check: $(STAMP) ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -174,7 +174,8 @@ def test_drafts_past_the_context_are_cut(short: Target) -> None:
 def test_a_row_is_given_to_a_new_request_between_rounds(family: str, drafter: str) -> None:
     model, draft = target(family), DRAFTERS[drafter](target(family))
     newcomers = [[8, 8, 9], [4], [7] * 12, PROMPTS[1], [31, 5]]
-    state = start(model, draft, [Request(p, EVERYTHING, n) for p, n in zip(PROMPTS, (3, 12, 1), strict=True)])
+    work = [Request(p, EVERYTHING, n) for p, n in zip(PROMPTS, (3, 12, 1), strict=True)]
+    state = start(model, draft, work, capacity=20)
     running: list[tuple[Sequence[int], Run]] = [(p, new_run(1)) for p in PROMPTS]
     finished: list[tuple[Sequence[int], Run]] = []
     while bool(state.active.any()):

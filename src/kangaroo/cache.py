@@ -34,11 +34,12 @@ class KVCache:
         self.slots = slots
         self._keys = [_zeros(shape, batch, slots, shape.key_dim) for shape in shapes]
         self._values = [_zeros(shape, batch, slots, shape.value_dim) for shape in shapes]
+        self._rows = {shape.device: torch.arange(batch, device=shape.device) for shape in shapes}
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
         """Store keys and values [B, H, N, dim] of a layer at slots [B, N] of `rows` (None: all rows)."""
         store_k, store_v = self._keys[layer], self._values[layer]
-        batch = torch.arange(len(store_k), device=store_k.device) if rows is None else rows.to(store_k.device)
+        batch = self._rows[store_k.device] if rows is None else rows.to(store_k.device)
         slots = slots.to(store_k.device)
         # [B, H, S, dim] seen as [B, S, H, dim]: one index pair per token.
         store_k.transpose(1, 2)[batch[:, None], slots] = keys.transpose(1, 2)
@@ -56,7 +57,7 @@ class KVCache:
         """Copy slots `source` [B, M] onto `destination` [B, M] in every layer. Needed for trees only."""
         for store in (*self._keys, *self._values):
             slots = store.transpose(1, 2)
-            batch = torch.arange(len(slots), device=slots.device)[:, None]
+            batch = self._rows[slots.device][:, None]
             slots[batch, destination.to(slots.device)] = slots[batch, source.to(slots.device)]
 
 

@@ -27,6 +27,8 @@ from kangaroo.text import Prompt
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+
 Model = Annotated[str, typer.Option(help="'demo', a local folder, or a hub name.")]
 DrafterName = Annotated[
     str, typer.Option("--drafter", help="none, kangaroo, kangaroo-tree, early-exit, early-exit-tree.")
@@ -233,7 +235,7 @@ def show_answer(decoder: Decoder, prompt: Prompt, max_tokens: int, sampling: Sam
     parts = []
     for piece in decoder.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
         parts.append(piece.text)
-        out.print(Text(piece.text, style="green" if piece.drafted else ""), end="")
+        out.print(Text(printable(piece.text), style="green" if piece.drafted else ""), end="")
     stats = decoder.stats
     out.print()
     share = (
@@ -246,6 +248,11 @@ def show_answer(decoder: Decoder, prompt: Prompt, max_tokens: int, sampling: Sam
     return "".join(parts)
 
 
+def printable(text: str) -> str:
+    """A model's text for a terminal: control characters are shown, not obeyed. Piped text stays as it is."""
+    return text.translate(_CONTROL_PICTURES) if out.is_terminal else text
+
+
 def show_batch(prompts: list[str], done: list[Completion], stats: Stats, as_json: bool) -> None:
     """Answers of a batch, in order."""
     if as_json:
@@ -255,7 +262,7 @@ def show_batch(prompts: list[str], done: list[Completion], stats: Stats, as_json
         return
     for prompt, answer in zip(prompts, done, strict=True):
         out.print(Text(f"> {prompt}", style="dim"))
-        out.print(Text(answer.text + "\n"))
+        out.print(Text(printable(answer.text) + "\n"))
     notes.print(f"{stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim")
 
 

@@ -37,8 +37,12 @@ def start(
     *,
     eos: Sequence[int] = (),
     rule: str = "match",
+    capacity: int = 0,
 ) -> State:
     """Allocate a State for the requests and run their prompts, each but for its last token, which stays pending.
+
+    Rows are as long as the longest request needs, or hold `capacity` tokens if that is more: room for requests that
+    will take rows over later.
 
     Raises DataError for prompts that are empty or leave no room in the context, ConfigError for settings out of range,
     CapacityError if the cache does not fit in memory.
@@ -48,10 +52,10 @@ def start(
     checked = [check_request(request, target) for request in requests]
     if not checked:
         raise DataError("there are no prompts")
-    slots = max(len(r.prompt) + r.max_tokens for r in checked) + drafter.nodes
-    cache = target.new_cache(len(checked), slots, drafter.cache_layers)
+    capacity = max(capacity, *(len(r.prompt) + r.max_tokens for r in checked))
+    cache = target.new_cache(len(checked), capacity + drafter.nodes, drafter.cache_layers)
     sampler = Sampler([r.sampling for r in checked], target.vocab_size, target.device)
-    state = State(checked, cache, sampler, eos, rule)
+    state = State(checked, cache, sampler, eos, rule, spare=drafter.nodes)
     prefill(target, drafter, state)
     return state
 
@@ -72,9 +76,12 @@ def check_request(request: Request, target: Target) -> Request:
 
 @torch.inference_mode()
 def prefill(target: Target, drafter: Drafter, state: State, rows: Tensor | None = None) -> None:
-    """Run the prompts of `rows` (None: all) in chunks, up to each prompt's last token."""
+    """Run the prompts of `rows` (None: all) in chunks, up to each prompt's last token.
+
+    The drafter sees every prompt from its first token, be it the only one, and so learns that a row has changed hands.
+    """
     chosen = torch.arange(state.batch, device=target.device) if rows is None else rows
-    longest = int(state.prompt_lengths[chosen].max()) - 1
+    longest = max(1, int(state.prompt_lengths[chosen].max()) - 1)
     for begin in range(0, longest, PREFILL_CHUNK):
         width = min(PREFILL_CHUNK, longest - begin)
         positions = torch.arange(begin, begin + width, device=target.device).expand(len(chosen), width)

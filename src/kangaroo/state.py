@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import KVCache
+from kangaroo.errors import CapacityError
 from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.tree import Draft, Placement, Verdict, pick, place_at
 
@@ -51,10 +52,13 @@ class State:
         sampler: Sampler,
         eos: Sequence[int],
         rule: str = "match",
+        spare: int = 1,
     ):
+        """`spare` slots of the cache are for drafts: a row holds at most `capacity` tokens, prompt and output."""
         device = sampler.device
         rows = len(requests)
         self.cache, self.sampler, self.rule = cache, sampler, rule
+        self.capacity = cache.slots - spare
         self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         self.tokens = torch.zeros(rows, cache.slots + 1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -68,10 +72,17 @@ class State:
 
     @torch.inference_mode()
     def assign(self, row: int, request: Request) -> None:
-        """Give a row to a request. Its prompt still has to be prefilled."""
+        """Give a row to a request. Its prompt still has to be prefilled.
+
+        Raises CapacityError if the row is too short for it.
+        """
         prompt = torch.tensor(list(request.prompt), dtype=torch.int64, device=self.tokens.device)
         assert len(prompt) >= 1, "an empty prompt has no pending token"
-        assert len(prompt) + request.max_tokens <= self.tokens.shape[1], "the row does not fit the cache"
+        if len(prompt) + request.max_tokens > self.capacity:
+            raise CapacityError(
+                f"a request of {len(prompt)} + {request.max_tokens} tokens does not fit a row of {self.capacity}; "
+                "start with a larger capacity"
+            )
         self.tokens[row, : len(prompt)] = prompt
         self.lengths[row] = 0
         self.prompt_lengths[row] = len(prompt)

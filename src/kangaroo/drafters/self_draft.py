@@ -49,6 +49,7 @@ class SelfDraft:
             return
         x = committed.features[self.exit_layer]
         if committed.path is None:
+            self._forget(committed.where.rows, state)
             self.adapter(x, committed.where, state.cache)
             return
         columns = torch.arange(committed.path.shape[1], device=x.device)
@@ -57,3 +58,13 @@ class SelfDraft:
         # Columns some rows have seen already are run again in them, to the same effect.
         if first < last:
             self._unseen = x[:, first:last], committed.where.positions[:, first:last]
+
+    def _forget(self, rows: Tensor | None, state: State) -> None:
+        """What waits for the adapter belongs to requests that have left these rows (None: all)."""
+        if self._unseen is None or rows is None:
+            self._unseen = None
+            return
+        states, positions = self._unseen
+        positions = positions.clone()
+        positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
+        self._unseen = states, positions

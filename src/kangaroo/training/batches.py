@@ -48,7 +48,7 @@ class Stream:
     corpus: Corpus
 
     def batch(self, number: int, rows: int, length: int, seed: int) -> Batch:
-        """Blocks [rows, length + 1], in an order shuffled anew each epoch; the last token of a block starts the next."""
+        """Blocks [rows, length + 1], in an order shuffled anew each epoch; a block's last token starts the next."""
         blocks = (len(self.corpus.tokens) - 1) // length
         if blocks < 1:
             raise DataError(f"{len(self.corpus.tokens)} tokens of text are fewer than one sequence of {length}")

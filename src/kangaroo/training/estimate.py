@@ -16,7 +16,7 @@ BYTES_PER_TRAINED = 16
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes and seconds. Memory is counted beyond what the process holds already, where that says `needed`."""
+    """Bytes and seconds."""
 
     parameters: int
     """Trained parameters."""

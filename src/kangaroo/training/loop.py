@@ -1,4 +1,4 @@
-"""The training loop: one for every objective. Step `s` depends on the recipe, the data and the state, on nothing else."""
+"""The training loop, one for every objective. A step depends on recipe, data and state, and on nothing else."""
 
 import math
 import time
@@ -165,8 +165,8 @@ class Trainer:
             yield
         except (OSError, SafetensorError) as error:
             raise CapacityError(
-                f"cannot write to {self.folder} after step {self.step}: {error}. The checkpoint saved before is intact; "
-                "make room and resume"
+                f"cannot write to {self.folder} after step {self.step}: {error}. The checkpoint saved before is "
+                "intact; make room and resume"
             ) from None
 
     @contextmanager

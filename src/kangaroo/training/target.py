@@ -79,7 +79,7 @@ class NextToken:
         return {"loss": mean, "score": -mean}
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """A Hugging Face checkpoint in bfloat16, tokenizer and training.json included; replaces the folder as a whole."""
+        """A Hugging Face checkpoint in bfloat16 with tokenizer and training.json, replacing the folder as a whole."""
         part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -96,4 +96,4 @@ class NextToken:
         """Saved activations of every layer, and logits with their gradients, in float32."""
         config = self.model.config
         layer = 12 * config.hidden_size + 4 * config.intermediate_size + config.num_attention_heads * length
-        return 4 * rows * length * (config.num_hidden_layers * layer + 4 * config.vocab_size)
+        return int(4 * rows * length * (config.num_hidden_layers * layer + 4 * config.vocab_size))

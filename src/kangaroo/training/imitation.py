@@ -1,0 +1,157 @@
+"""Training an adapter: the draft distribution q is to imitate the frozen target's p, at the same positions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kangaroo.adapter import Adapter
+from kangaroo.model import Target
+from kangaroo.training.batches import Batch
+from kangaroo.training.evaluation import HeldOut
+from kangaroo.training.objective import Loss
+from kangaroo.training.recipe import AdapterRecipe
+from kangaroo.tree import Placement
+
+LOGITS_AT_ONCE = 1 << 26
+"""Logits held for the backward pass; beyond that they are computed again in pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """p against q, summed over positions. Only `loss` carries gradients."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    overlap: Tensor
+    """sum of min(p, q): the chance that a token drawn from q is accepted."""
+    agreement: Tensor
+    """Positions where both have the same best token."""
+
+    def figures(self) -> dict[str, float]:
+        """The sums as numbers, by the names they have in the metrics."""
+        return {
+            "soft_cross_entropy": float(self.cross_entropy),
+            "sum_min": float(self.overlap),
+            "agreement": float(self.agreement),
+        }
+
+
+class Imitation:
+    """Soft cross-entropy and acceptance loss of an adapter against its target, which runs online under no_grad.
+
+    Position t is learnt from if the token at t + 1 is marked and belongs to the same document: there the adapter reads
+    h_E(t), and both p and q are about token t + 1. The prompt's last token is such a position, the answer's last is
+    not. Positions that are not learnt from, a document's first token above all, are still run: every later position
+    attends to them, in the target and in the adapter, from rotary position 0 as in decoding.
+    """
+
+    def __init__(self, target: Target, adapter: Adapter, held_out: HeldOut, recipe: AdapterRecipe):
+        self.target, self.adapter, self.held_out, self.recipe = target, adapter, held_out, recipe
+        self.device = target.device
+        self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
+        self.evaluation_tokens = held_out.tokens
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The adapter's weights; the target's never change."""
+        return dict(self.adapter.named_parameters())
+
+    def loss(self, batch: Batch) -> Loss:
+        """The recipe's loss, summed over the positions learnt from; agreement and sum-min beside it."""
+        mask = learnt_positions(batch)
+        with self._precision():
+            draft, final = self._states(batch, mask)
+            compared = self.compare(draft, final)
+        return Loss(compared.loss, int(mask.sum()), compared.figures())
+
+    @torch.no_grad()
+    def evaluate(self) -> Mapping[str, float]:
+        """Means over held-out documents, and the simulated CR on text the target wrote, which is the score."""
+        with self._precision():
+            return self.held_out.evaluate(self)
+
+    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """adapter.safetensors and config.json."""
+        self.adapter.save(folder, provenance)
+
+    def activation_bytes(self, rows: int, length: int) -> int:
+        """One layer's working set of the target, the adapter's saved states, and logits, in float32."""
+        config, tokens = self.target.config, rows * length
+        layer = 8 * self.target.width + 3 * getattr(config, "intermediate_size", 4 * self.target.width)
+        attention = 2 * length * getattr(config, "num_attention_heads", 1)
+        logits = 6 * min(tokens * self.target.vocab_size, LOGITS_AT_ONCE)
+        return 4 * (tokens * (2 * layer + attention + 12 * self.target.width) + logits)
+
+    def draft_logits(self, y: Tensor) -> Tensor:
+        """Adapter states [..., D] -> float32 logits [..., V]."""
+        # The shared head is frozen in the target's precision, the adapter's own is trained in float32.
+        return self.adapter.logits(y if self.adapter.head is not None else y.to(self.target.dtype)).float()
+
+    def draft_states(self, batch: Batch, mask: Tensor) -> Tensor:
+        """Adapter states [M, D] at the marked positions; the target's deep layers are not run."""
+        where = place_documents(batch)
+        with torch.no_grad():
+            x, _ = self.target.run(self.target.embed(batch.tokens), where, None, stop=self.adapter.config.exit_layer)
+        return self.adapter(x.float(), where)[mask]  # type: ignore[no-any-return]
+
+    def _states(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(adapter states, target states before the final norm) at the marked positions, [M, D] each."""
+        exit_layer, where = self.adapter.config.exit_layer, place_documents(batch)
+        with torch.no_grad():
+            final, taps = self.target.run(self.target.embed(batch.tokens), where, None, taps=(exit_layer,))
+        return self.adapter(taps[exit_layer].float(), where)[mask], final[mask]
+
+    def compare(self, draft: Tensor, final: Tensor) -> Comparison:
+        """Compare q and p at positions given by adapter states and target states [M, D]."""
+        size = max(1, LOGITS_AT_ONCE // self.target.vocab_size)
+        if len(draft) <= size:
+            return Comparison(*self._compare(draft, final))
+        pieces = [
+            torch.stack(checkpoint(self._compare, *pair, use_reentrant=False))
+            for pair in zip(torch.split(draft, size), torch.split(final, size), strict=True)
+        ]
+        return Comparison(*torch.stack(pieces).sum(0))
+
+    def _compare(self, draft: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights = self.recipe.loss
+        with torch.no_grad():
+            p = self.target.logits(self.target.norm(final)).float().softmax(-1)
+        log_q = self.draft_logits(draft).log_softmax(-1)
+        cross_entropy = -(p * log_q).sum()
+        overlap = torch.minimum(p, (log_q if weights.acceptance else log_q.detach()).exp()).sum()
+        agreement = (p.argmax(-1) == log_q.argmax(-1)).sum().float()
+        loss = weights.soft_cross_entropy * cross_entropy + weights.acceptance * (len(p) - overlap)
+        return loss, cross_entropy.detach(), overlap.detach(), agreement
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> tuple[Comparison, int]:
+        """The comparison over a batch's positions, and how many those are."""
+        mask = learnt_positions(batch)
+        return self.compare(*self._states(batch, mask)), int(mask.sum())
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
+
+
+def learnt_positions(batch: Batch) -> Tensor:
+    """[B, T] bool: positions whose next token is marked and in the same document."""
+    assert batch.documents is not None
+    mask = torch.zeros_like(batch.trained)
+    mask[:, :-1] = batch.trained[:, 1:] & (batch.documents[:, 1:] == batch.documents[:, :-1])
+    return mask
+
+
+def place_documents(batch: Batch) -> Placement:
+    """Documents side by side in rows, each as if it were alone: positions from 0, no sight of its neighbours."""
+    assert batch.documents is not None
+    documents = batch.documents
+    slots = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    positions = slots - torch.where(first, slots, 0).cummax(1).values
+    same = documents[:, :, None] == documents[:, None]
+    return Placement(positions, slots, same & (slots[:, None] <= slots[..., None]), positions)

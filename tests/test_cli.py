@@ -1,0 +1,98 @@
+"""The command line, run as a user runs it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from chat_model import save_chat_model
+
+from kangaroo import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["kangaroo", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_generate_streams_plain_text_when_not_on_a_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(folder / "target")
+    assert run(monkeypatch, "generate", "--model", model, "--drafter", "early-exit", "--exit-layer", "1", "--prompt", "eat") == 0
+    assert "\x1b[" not in capsys.readouterr().out
+
+
+def test_a_file_of_prompts_is_answered_as_a_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Where?\n\nThe answer\n")
+    options = ("--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--max-tokens", "8", "--json")
+    assert run(monkeypatch, "generate", *options, "--prompts", str(prompts)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [answer["prompt"] for answer in found["answers"]] == ["Where?", "The answer"]
+    assert found["emitted"] == sum(len(answer["tokens"]) for answer in found["answers"])
+    assert run(monkeypatch, "generate", *options, "--prompt", "Where?") == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["tokens"] == found["answers"][0]["tokens"]
+
+
+def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means_anything(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--exit-layer", "1", "--json")
+    options = (*options, "--threshold", "0.02", "--temperature", "0", "--batch", "4")
+    assert run(monkeypatch, *options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["lossless"]
+    assert report["tokens"] >= 2000
+    assert report["rounds"]["none"] > 0
+    assert report["rounds"]["all"] + report["rounds"]["some"] > 0
+    assert run(monkeypatch, *options, "--prompts", "2", "--max-tokens", "4") == 1
+    assert "tokens were compared" in json.loads(capsys.readouterr().out)["problem"]
+
+
+def test_info_says_what_drafting_costs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "info", "--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["exit_layer"] == 1
+    assert facts["adapter_parameters"] == 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32
+    assert facts["draft_step_share"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", "x", "--model", "/nothing/here"], "cannot load"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be"),
+        (["generate", "--prompt", "x", "--temperature", "nan"], "temperature must be"),
+        (["generate", "--prompt", "x", "--drafter", "early-exit", "--exit-layer", "99"], "exit layer must be"),
+        (["generate", "--prompt", "", "--drafter", "none"], "empty"),
+        (["generate", "--prompt", "x", "--drafter", "none", "--max-tokens", "0"], "max_tokens must be"),
+        (["generate", "--prompts", "/nothing/here", "--drafter", "none"], "no prompt file"),
+        (["generate", "--prompt", "x", "--drafter", "medusa9"], "drafter must be"),
+        (["generate", "--prompt", "x", "--dtype", "int3"], "--dtype must be"),
+        (["train", "/nothing/here.toml", "--data", "/nothing"], "no recipe"),
+    ],
+)
+def test_user_mistakes_are_one_line_and_exit_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    if arguments[0] == "generate" and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(folder / "target")]
+    assert run(monkeypatch, *arguments) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
