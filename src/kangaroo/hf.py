@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kangaroo.decode import decode, start
-from kangaroo.drafters import DRAFTERS
+from kangaroo.drafters import DRAFTERS, MakeDrafter
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -37,7 +38,7 @@ def custom_generate(
     if drafter not in DRAFTERS:
         raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, got {drafter!r}")
     weights = None if adapter is None else Path(adapter)
-    prepared: dict[int, tuple[Target, Any]] = {}
+    prepared: WeakKeyDictionary[Any, tuple[Target, MakeDrafter]] = WeakKeyDictionary()
 
     def generate(
         model: Any,
@@ -48,10 +49,10 @@ def custom_generate(
         **model_kwargs: Any,
     ) -> Tensor:
         _refuse_uncovered([*logits_processor, *stopping_criteria], generation_config)
-        if id(model) not in prepared:
+        if model not in prepared:
             target = Target(model)
-            prepared[id(model)] = target, DRAFTERS[drafter](target, weights, settings)
-        target, make_drafter = prepared[id(model)]
+            prepared[model] = target, DRAFTERS[drafter](target, weights, settings)
+        target, make_drafter = prepared[model]
         mask = model_kwargs.get("attention_mask")
         kept = torch.ones_like(input_ids) if mask is None else mask
         samplings = _samplings(generation_config, len(input_ids), seed)

@@ -161,7 +161,7 @@ def test_interrupted_run_saves_and_says_how_to_go_on(make_lesson: MakeLesson, un
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="after step 5.*--resume") as caught:
+    with pytest.raises(Interrupted, match=r"after step 5.*--resume") as caught:
         run.train(report=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
     assert read_progress(run.output / STATE).step == caught.value.step == 5
@@ -207,9 +207,9 @@ def test_refuses_what_is_not_the_same_run(make_lesson: MakeLesson) -> None:
     run.train(schedule__steps=2)
     with pytest.raises(ConfigError, match="holds a run that stopped after step 2"):
         run.train(schedule__steps=2)
-    with pytest.raises(ConfigError, match="optimizer.learning_rate was 0.005 when the run started, now it is 0.1"):
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate was 0\.005 .* now it is 0\.1"):
         run.train(resume=True, optimizer__learning_rate=0.1)
-    with pytest.raises(ConfigError, match="2 steps are done, more than schedule.steps = 1"):
+    with pytest.raises(ConfigError, match=r"2 steps are done, more than schedule\.steps = 1"):
         run.train(resume=True, schedule__steps=1)
     lesson.write_rows(run.data, lesson.conversations(41))
     with pytest.raises(ConfigError, match="the data is not the one"):
@@ -233,7 +233,7 @@ def test_damaged_state_is_named(make_lesson: MakeLesson, harm: str) -> None:
         run.train(resume=True)
 
 
-def test_diverged_run_saves_nothing(make_lesson: MakeLesson) -> None:
+def test_diverged_run_saves_nothing(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_lesson()
     run.train(schedule__steps=2)
     saved, rows = (run.output / STATE).read_bytes(), run.rows()
@@ -243,8 +243,8 @@ def test_diverged_run_saves_nothing(make_lesson: MakeLesson) -> None:
         compared = real(self, *states)
         return replace(compared, loss=compared.loss * float("nan"))
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="step 3: the loss is nan"):
-        patch.setattr(Imitation, "compare", diverge)
+    monkeypatch.setattr(Imitation, "compare", diverge)
+    with pytest.raises(ConfigError, match="step 3: the loss is nan"):
         run.train(resume=True)
     assert (run.output / STATE).read_bytes() == saved
     assert run.rows() == rows

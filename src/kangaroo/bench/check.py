@@ -14,6 +14,8 @@ from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.state import Request
 
 MINIMUM_TOKENS = 2000
+TIE = 0.125
+"""Scores this close are a tie in half precision: a few units in the last place of a logit between 8 and 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,11 @@ class Difference:
     """Between the two best scores there (logits after processors, plus noise), in the model's own precision."""
     float64: int | None
     """The token a float64 copy of the model draws there; None if such a copy does not fit in memory."""
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether rounding explains it: a gap below TIE, and float64 on the side of plain decoding or of the other."""
+        return self.gap < TIE and self.float64 in (self.expected, self.got, None)
 
 
 @dataclass(slots=True)

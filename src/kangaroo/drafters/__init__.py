@@ -14,7 +14,16 @@ from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target, check_exit_layer
 
-__all__ = ["DRAFTERS", "ChainConfig", "Drafter", "Kangaroo", "KangarooTree", "NoDrafter", "TreeConfig"]
+__all__ = [
+    "DRAFTERS",
+    "ChainConfig",
+    "Drafter",
+    "Kangaroo",
+    "KangarooTree",
+    "MakeDrafter",
+    "NoDrafter",
+    "TreeConfig",
+]
 
 Settings = Mapping[str, Any]
 MakeDrafter = Callable[[], Drafter]

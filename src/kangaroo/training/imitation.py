@@ -111,10 +111,10 @@ class Imitation:
         if len(draft) <= size:
             return Comparison(*self._compare(draft, final))
         pieces = [
-            torch.stack(checkpoint(self._compare, *pair, use_reentrant=False))
+            checkpoint(self._compare, *pair, use_reentrant=False)
             for pair in zip(torch.split(draft, size), torch.split(final, size), strict=True)
         ]
-        return Comparison(*torch.stack(pieces).sum(0))
+        return Comparison(*(torch.stack(sums).sum() for sums in zip(*pieces, strict=True)))
 
     def _compare(self, draft: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weights = self.recipe.loss

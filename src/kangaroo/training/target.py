@@ -48,7 +48,10 @@ class NextToken:
     def __init__(self, model: Any, tokenizer: Any, held_out: Stream, run: RunSection):
         self.model, self.tokenizer, self.held_out, self.run = model, tokenizer, held_out, run
         self.device: torch.device = model.device
-        self.evaluation_tokens = self._evaluation_rows * EVALUATION_LENGTH
+        held_out_tokens = len(held_out.corpus.tokens) - 1
+        self._evaluation_length = min(EVALUATION_LENGTH, model.config.max_position_embeddings, held_out_tokens)
+        self._evaluation_rows = min(EVALUATION_ROWS, held_out_tokens // self._evaluation_length)
+        self.evaluation_tokens = self._evaluation_rows * self._evaluation_length
         self._logits = torch.compile(self._forward) if run.compile else self._forward
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -66,14 +69,10 @@ class NextToken:
         mask = batch.trained[:, 1:].flatten()
         return Loss((each * mask).sum(), int(mask.sum()), {})
 
-    @property
-    def _evaluation_rows(self) -> int:
-        return max(1, min(EVALUATION_ROWS, (len(self.held_out.corpus.tokens) - 1) // EVALUATION_LENGTH))
-
     @torch.no_grad()
     def evaluate(self) -> Mapping[str, float]:
         """Mean next-token loss in nats on held-out text; `score` is its negative."""
-        batch = self.held_out.batch(0, self._evaluation_rows, EVALUATION_LENGTH, seed=0)
+        batch = self.held_out.batch(0, self._evaluation_rows, self._evaluation_length, seed=0)
         result = self.loss(batch.to(self.device))
         mean = float(result.total) / max(1, result.tokens)
         return {"loss": mean, "score": -mean}

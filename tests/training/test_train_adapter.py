@@ -1,0 +1,343 @@
+"""What an adapter run learns from, what it measures, and what it leaves behind."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lesson import Lesson
+
+from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.decode import decode, start
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.errors import CapacityError, ConfigError, ModelError
+from kangaroo.sampling import Sampling
+from kangaroo.state import Request
+from kangaroo.training import imitation, loop
+from kangaroo.training.adapter import Author, load_target
+from kangaroo.training.batches import Packed
+from kangaroo.training.data import choose_documents
+from kangaroo.training.estimate import Estimate
+from kangaroo.training.imitation import Imitation, learnt_positions
+from kangaroo.training.report import Update
+from kangaroo.training.simulate import chain_rounds
+from kangaroo.tree import sequence
+
+MakeLesson = Callable[..., Lesson]
+
+
+def build(run: Lesson, **overrides: Any) -> tuple[Imitation, Packed]:
+    """The objective and batches of a run, without running it."""
+    recipe = run.settings(**overrides)
+    target, tokenizer = load_target(recipe)
+    adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
+    adapter.initialise(recipe.seed, from_target=True)
+    training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
+    author = Author(target, tokenizer, recipe, lambda _: None)
+    return Imitation(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
+
+
+def gradients(objective: Imitation) -> dict[str, torch.Tensor]:
+    taken = {name: p.grad.clone() for name, p in objective.parameters().items() if p.grad is not None}
+    for parameter in objective.parameters().values():
+        parameter.grad = None
+    return taken
+
+
+# Loss
+
+
+def test_loss_is_that_of_each_document_alone(make_lesson: MakeLesson) -> None:
+    """Packed, masked and chunked: the same sums as a plain loop over documents and positions."""
+    objective, packed = build(make_lesson(), loss__acceptance=0.5)
+    target, adapter = objective.target, objective.adapter
+    rows = packed.rows(64)[:3]
+    loss = objective.loss(packed.lay_out(rows, 64))
+    cross_entropy = rejected = agreed = positions = 0.0
+    for tokens, marks in (packed.corpus.document(i) for row in rows for i in row):
+        ids = torch.from_numpy(tokens[:64].astype("int64"))[None]
+        where = sequence(1, ids.shape[1])
+        final, taps = target.run(target.embed(ids), where, None, taps=(2,))
+        log_p = target.logits(target.norm(final))[0].log_softmax(-1)
+        log_q = adapter.logits(adapter(taps[2], where))[0].detach().log_softmax(-1)
+        for t in range(ids.shape[1] - 1):
+            if marks[t + 1]:
+                cross_entropy -= float((log_p[t].exp() * log_q[t]).sum())
+                rejected += 1 - float(torch.minimum(log_p[t].exp(), log_q[t].exp()).sum())
+                agreed += float(log_p[t].argmax() == log_q[t].argmax())
+                positions += 1
+    assert loss.tokens == positions > 20
+    assert float(loss.total.detach()) == pytest.approx(cross_entropy + 0.5 * rejected, rel=1e-5)
+    assert loss.extra["soft_cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert loss.extra["sum_min"] == pytest.approx(positions - rejected, rel=1e-4)
+    assert loss.extra["agreement"] == agreed
+
+
+def test_logits_in_pieces_give_the_same_gradients(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, packed = build(make_lesson())
+    batch = packed.batch(0, 2, 64, seed=0)
+    whole = objective.loss(batch)
+    whole.total.backward()
+    expected = gradients(objective)
+    monkeypatch.setattr(imitation, "LOGITS_AT_ONCE", 7 * objective.target.vocab_size)
+    pieces = objective.loss(batch)
+    pieces.total.backward()
+    assert float(pieces.total.detach()) == pytest.approx(float(whole.total.detach()), rel=1e-6)
+    for name, gradient in gradients(objective).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_accumulation_is_the_joint_batch(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four micro-batches of one row and one of four give the same gradients, though their rows hold unequal text."""
+    found = []
+    for rows, accumulate in ((4, 1), (1, 4)):
+        run = make_lesson()
+        taken: dict[str, torch.Tensor] = {}
+        recipe = run.settings(schedule__batch_sequences=rows, schedule__accumulate=accumulate)
+        objective, packed = build(run)
+        counts = [int(learnt_positions(packed.batch(i, 1, 64, recipe.seed)).sum()) for i in range(4)]
+        assert len(set(counts)) > 1
+        trainer = loop.Trainer(objective, packed, recipe, loop.Progress(0))
+        monkeypatch.setattr(trainer.optimizer, "step", lambda o=objective, t=taken: t.update(gradients(o)))
+        row = trainer.train_step()
+        found.append((row["loss"], taken))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0][1]
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_target_is_frozen(make_lesson: MakeLesson) -> None:
+    objective, packed = build(make_lesson())
+    objective.loss(packed.batch(0, 2, 64, seed=0)).total.backward()
+    assert all(p.grad is None and not p.requires_grad for p in objective.target.model.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters().values())
+
+
+@pytest.mark.parametrize("variant", ["own-head", "full-layer", "mlp-only"])
+def test_variants_train(make_lesson: MakeLesson, variant: str) -> None:
+    run = make_lesson()
+    best = run.train(adapter__variant=variant, schedule__steps=3)
+    losses = [row["loss"] for row in run.rows() if "loss" in row]
+    assert losses[2] < losses[0]
+    assert Adapter.load(best, load_target(run.settings())[0]).config.variant == variant
+
+
+def test_mixed_precision_and_half_targets(make_lesson: MakeLesson) -> None:
+    exact, mixed, half = make_lesson(), make_lesson(), make_lesson()
+    exact.train(schedule__steps=2)
+    mixed.train(schedule__steps=2, run__mixed_precision="bf16")
+    half.train(schedule__steps=2, run__dtype="bfloat16")
+    losses = [run.rows()[0]["loss"] for run in (exact, mixed, half)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[2] == pytest.approx(losses[0], rel=0.1)
+    assert len(set(losses)) == 3
+
+
+# Evaluation
+
+
+def test_simulated_rounds_are_those_of_decoding(make_lesson: MakeLesson) -> None:
+    """Same rounds, not only the same rate: on answers cut by length and by an end token, with some drafts refused."""
+    run = make_lesson()
+    changes = {"evaluation__max_tokens": 30, "evaluation__prompts": 6}
+    best = run.train(schedule__steps=12, **changes)
+    objective, _ = build(run, **changes)
+    settings, target = objective.recipe.evaluation, objective.target
+    adapter = Adapter.load(best, target)
+    objective.adapter = adapter
+    simulated, _ = objective.held_out.simulate(objective)
+    measured = []
+    eos = (int(target.model.config.eos_token_id),)
+    written = objective.held_out.written
+    for index, answer in enumerate(objective.held_out.answers):
+        tokens, _ = written.corpus.document(index)
+        prompt = tokens[: len(tokens) - len(answer)].tolist()
+        request = Request(prompt, Sampling(), settings.max_tokens)
+        drafter = Kangaroo(target, adapter, 2, ChainConfig(max_draft=settings.max_draft, threshold=settings.threshold))
+        state = start(target, drafter, [request], eos=eos)
+        measured.append([len(done.emitted[0]) for done in decode(target, drafter, state)])
+    assert [sum(rounds) for rounds in measured] == [len(answer) for answer in objective.held_out.answers]
+    assert simulated == measured
+    lengths = [n for rounds in measured for n in rounds]
+    assert 1.2 < sum(lengths) / len(lengths) < 6
+    assert {1, 2} < set(lengths)
+
+
+@given(st.data())
+def test_simulation_is_the_round_by_round_definition(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 20))
+    correct = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    confident = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    max_draft, room = data.draw(st.integers(1, 5)), count + data.draw(st.integers(0, 3))
+    left, position = chain_rounds(correct, confident, max_draft=max_draft, room=room), 0
+    for emitted in left:
+        # Draft as decoding does: on while sure, within the room, right or wrong.
+        drafted = 0
+        while drafted < max_draft and drafted + position + 1 < room and position + drafted < count:
+            drafted += 1
+            if not confident[position + drafted - 1]:
+                break
+        accepted = 0
+        while accepted < drafted and correct[position + accepted]:
+            accepted += 1
+        assert emitted == min(accepted + 1, count - position)
+        position += emitted
+    assert position == count
+
+
+@pytest.mark.parametrize(
+    ("correct", "confident", "room", "rounds"),
+    [
+        ("1111111", "1111111", 7, [4, 3]),  # three drafts and the target's own; then the room is for two and one
+        ("111", "111", 9, [3]),  # the third draft is the end token: nothing follows it
+        ("1111", "0111", 4, [2, 2]),  # the unsure token is drafted, and accepted
+        ("0000", "1111", 4, [1, 1, 1, 1]),
+    ],
+)
+def test_simulation_by_hand(correct: str, confident: str, room: int, rounds: list[int]) -> None:
+    flags = [[c == "1" for c in text] for text in (correct, confident)]
+    assert chain_rounds(*flags, max_draft=3, room=room) == rounds
+
+
+def test_training_raises_agreement_and_keeps_the_best(make_lesson: MakeLesson) -> None:
+    run = make_lesson()
+    best = run.train(schedule__steps=20)
+    rows = [row for row in run.rows() if "held_out/score" in row]
+    assert rows[-1]["held_out/sum_min"] > rows[0]["held_out/sum_min"]
+    config = json.loads((best / "config.json").read_text())
+    scores = [row["held_out/score"] for row in rows]
+    kept = config["provenance"]
+    assert kept["held_out"]["simulated_cr"] == max(scores)
+    assert kept["steps"] == next(row["step"] for row in rows if row["held_out/score"] == max(scores))
+    assert kept["recipe"]["adapter"]["exit_layer"] == 2
+    assert set(kept["sha256"]) == {"data", "target"}
+    assert {"torch", "transformers", "python"} <= set(kept["versions"])
+
+
+# The target's own words
+
+
+def test_regenerated_answers_are_the_targets(make_lesson: MakeLesson) -> None:
+    run = make_lesson()
+    recipe = {"regenerate__prompts": 10, "regenerate__max_tokens": 8, "regenerate__batch": 3}
+    objective, packed = build(run, **recipe)
+    target, eos = objective.target, int(objective.target.model.config.eos_token_id)
+    for index in range(10):
+        tokens, marks = packed.corpus.document(index)
+        first = int(marks.argmax())
+        assert marks[first:].all()
+        ids = torch.from_numpy(tokens.astype("int64"))[None]
+        final, _ = target.run(target.embed(ids), sequence(1, len(tokens)), None)
+        greedy = target.logits(target.norm(final))[0].argmax(-1).tolist()
+        assert tokens[first:].tolist() == greedy[first - 1 : -1]
+        assert len(tokens) - first == 8 or tokens[-1] == eos
+    assert len(packed.corpus) == 34
+
+
+def test_answers_do_not_depend_on_the_batch_and_are_kept(make_lesson: MakeLesson) -> None:
+    texts = []
+    for batch in (2, 7):
+        run = make_lesson()
+        build(
+            run, regenerate__prompts=9, regenerate__temperature=1.0, regenerate__max_tokens=9, regenerate__batch=batch
+        )
+        texts.append((run.output / "regenerated.jsonl").read_text())
+    assert texts[0] == texts[1]
+    # Killed half-way: whole rows are kept, the torn one is made again.
+    path = run.output / "regenerated.jsonl"
+    path.write_text("\n".join(texts[0].split("\n")[:4]) + "\n[12, 5")
+    build(run, regenerate__prompts=9, regenerate__temperature=1.0, regenerate__max_tokens=9)
+    assert path.read_text() == texts[0]
+
+
+# The run
+
+
+def test_reports(make_lesson: MakeLesson) -> None:
+    events: list[Any] = []
+    make_lesson().train(report=events.append, schedule__steps=4)
+    (estimate,) = [e for e in events if isinstance(e, Estimate)]
+    assert estimate.parameters == 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32
+    assert estimate.training_bytes == 16 * estimate.parameters
+    assert estimate.seconds > 3 * estimate.seconds_per_step > 0
+    assert estimate.fits
+    updates = [e for e in events if isinstance(e, Update)]
+    assert [u.stage for u in updates] == [
+        "answer",
+        "answer",
+        "train",
+        "train",
+        "evaluate",
+        "train",
+        "train",
+        "evaluate",
+    ]
+    assert [u.done for u in updates if u.stage == "train"] == [1, 2, 3, 4]
+    assert updates[-1].eta == 0 < updates[2].eta < float("inf")
+    assert updates[-1].figures["held_out/simulated_cr"] >= 1
+
+
+def test_tensorboard(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    run = make_lesson()
+    run.train(schedule__steps=2, run__tensorboard=True)
+    assert list((run.output / "tensorboard").glob("events*"))
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"run\.tensorboard needs the train extra"):
+        make_lesson().train(run__tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"adapter__exit_layer": 5}, ConfigError, "exit layer must be in 0..4"),
+        ({"schedule__sequence_length": 200}, ConfigError, "exceed the target's context of 128"),
+        ({"target": "/nowhere"}, ModelError, "cannot load a causal LM from /nowhere"),
+    ],
+)
+def test_refused_before_it_starts(
+    make_lesson: MakeLesson, changes: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    run = make_lesson()
+    with pytest.raises(kind, match=message):
+        run.train(**changes)
+    assert not run.output.exists()
+
+
+def test_out_of_memory_says_what_to_lower(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(Imitation, "compare", fail)
+    with pytest.raises(CapacityError, match=r"2 sequences of 64 tokens do not fit.*schedule\.accumulate"):
+        make_lesson().train()
+
+
+def test_nan_in_the_target_is_refused(make_lesson: MakeLesson, target_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(target_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not finite"):
+        make_lesson().train(target=str(broken))
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 1 << 10])
+def test_only_the_loss_has_gradients(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    objective, packed = build(make_lesson(), loss__acceptance=1.0)
+    monkeypatch.setattr(imitation, "LOGITS_AT_ONCE", at_once)
+    batch = packed.batch(0, 1, 64, seed=0)
+    compared = objective.compare(*objective._states(batch, learnt_positions(batch)))
+    needs = {field.name: getattr(compared, field.name).requires_grad for field in dataclasses.fields(compared)}
+    assert needs == {"loss": True, "cross_entropy": False, "overlap": False, "agreement": False}
