@@ -9,7 +9,11 @@ from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.model import Target
 from kangaroo.training.tokenizer import train_tokenizer
 
-SENTENCES = ["Where would you like to eat tonight?", "The answer is 42, naïve café.", "I need 3 tickets to Oakland."] * 3
+SENTENCES = [
+    "Where would you like to eat tonight?",
+    "The answer is 42, naïve café.",
+    "I need 3 tickets to Oakland.",
+] * 3
 
 
 def save_chat_model(folder: Path, seed: int = 0) -> Path:

@@ -14,6 +14,7 @@ warnings.filterwarnings("ignore", module="transformers")
 def _seeded() -> None:
     torch.manual_seed(0)
 
+
 # Speed is measured elsewhere: a busy machine must not fail a property test.
 settings.register_profile("kangaroo", deadline=None)
 settings.load_profile("kangaroo")

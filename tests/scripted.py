@@ -22,7 +22,9 @@ class ScriptedDrafter:
     taps: tuple[int, ...] = ()
     cache_layers: tuple[LayerShape, ...] = ()
 
-    def __init__(self, texts: Sequence[Sequence[int]], counts: Sequence[int], depth: int, vocab: int, branches: int = 1):
+    def __init__(
+        self, texts: Sequence[Sequence[int]], counts: Sequence[int], depth: int, vocab: int, branches: int = 1
+    ):
         self.texts, self.counts, self.depth, self.vocab, self.branches = list(texts), counts, depth, vocab, branches
         self.nodes = 1 + depth * branches
         self.rounds = 0

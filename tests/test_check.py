@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from chat_model import save_chat_model
 
 import kangaroo
-from kangaroo.bench.check import CheckReport, check, examine
+from chat_model import save_chat_model
+from kangaroo.bench.check import CheckReport, check, find_difference
 from kangaroo.bench.compare import compare, without_end
 from kangaroo.bench.cost import Costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
@@ -60,10 +60,8 @@ def test_examining_a_sampled_draw_repeats_it(tmp_path: Path) -> None:
     sampling = Sampling(temperature=0.8, seed=1)
     prompt = decoder.tokenizer.encode("I need")
     tokens = decoder.generate(["I need"], max_tokens=6, sampling=sampling)[0].tokens
-    from kangaroo.bench.check import Difference
-
-    where = Difference(0, 0.8, 1, 0, tokens[4], -1, 0.0, None)
-    assert examine(decoder, prompt, tokens[:4], where).float64 == tokens[4]
+    found = find_difference(decoder, prompt, tokens, tokens[:4], sampling)
+    assert (found.position, found.expected, found.got, found.float64) == (4, tokens[4], -1, tokens[4])
 
 
 def test_comparing_counts_both_sides_alike(tmp_path: Path) -> None:

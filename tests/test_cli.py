@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from chat_model import save_chat_model
 
+from chat_model import save_chat_model
 from kangaroo import cli
 
 
@@ -28,7 +28,12 @@ def test_generate_streams_plain_text_when_not_on_a_terminal(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(folder / "target")
-    assert run(monkeypatch, "generate", "--model", model, "--drafter", "early-exit", "--exit-layer", "1", "--prompt", "eat") == 0
+    assert (
+        run(
+            monkeypatch, "generate", "--model", model, "--drafter", "early-exit", "--exit-layer", "1", "--prompt", "eat"
+        )
+        == 0
+    )
     assert "\x1b[" not in capsys.readouterr().out
 
 
@@ -65,7 +70,9 @@ def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means
 def test_info_says_what_drafting_costs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "info", "--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--json") == 0
+    assert (
+        run(monkeypatch, "info", "--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--json") == 0
+    )
     facts = json.loads(capsys.readouterr().out)
     assert facts["exit_layer"] == 1
     assert facts["adapter_parameters"] == 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32

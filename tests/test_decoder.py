@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_model import save_chat_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kangaroo
+from chat_model import save_chat_model
 from kangaroo.errors import AdapterError, ConfigError, DataError, ModelError
 from kangaroo.sampling import Sampling
 
@@ -108,7 +108,9 @@ def test_the_drop_in_equals_transformers_greedy_generation(folder: Path, batch: 
     drop_in = kangaroo.custom_generate(adapter=folder / "adapter", threshold=0.0)
     assert torch.equal(model.generate(**inputs, **settings, custom_generate=drop_in), wanted)
     penalised = {**settings, "repetition_penalty": 1.3}
-    assert torch.equal(model.generate(**inputs, **penalised, custom_generate=drop_in), model.generate(**inputs, **penalised))
+    assert torch.equal(
+        model.generate(**inputs, **penalised, custom_generate=drop_in), model.generate(**inputs, **penalised)
+    )
 
 
 def test_the_drop_in_samples_reproducibly_and_refuses_what_it_cannot_honour(folder: Path) -> None:

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED, oracle
-from runs import DRAFTERS, PROMPTS, Run, drive, generate, new_run, record, requests
-from scripted import ScriptedDrafter
-from tiny import EXIT, VOCAB, build, make_adapter, target
 
 from kangaroo.decode import generate_ids, prefill, start, step
 from kangaroo.drafters import ChainConfig, Drafter, Kangaroo, NoDrafter
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
+from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED, oracle
+from runs import DRAFTERS, PROMPTS, Run, drive, generate, new_run, record, requests
+from scripted import ScriptedDrafter
+from tiny import EXIT, VOCAB, build, make_adapter, target
 
 FAMILIES = ("llama", "mistral", "granite")  # mistral's window is shorter than the prompts, granite scales its logits
 SAMPLINGS = {"greedy": GREEDY, "greedy-penalised": GREEDY_PENALISED, "sampled": EVERYTHING}
@@ -142,7 +142,9 @@ def test_max_tokens_is_exact_and_each_rows_own(drafter: str) -> None:
 def test_a_draft_that_would_overshoot_is_cut_at_max_tokens(branches: int) -> None:
     for n in range(1, 11):
         drafter = scripted("llama", PROMPTS, GREEDY, (4,), branches=branches)
-        assert generate(target("llama"), drafter, requests(PROMPTS, GREEDY, n)).texts == expect("llama", PROMPTS, GREEDY, n)
+        assert generate(target("llama"), drafter, requests(PROMPTS, GREEDY, n)).texts == expect(
+            "llama", PROMPTS, GREEDY, n
+        )
 
 
 @pytest.fixture(scope="module")

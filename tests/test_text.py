@@ -1,10 +1,10 @@
 """Text arrives whole: no split characters, no stop strings, nothing lost."""
 
 import pytest
-from chat_model import SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chat_model import SENTENCES
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.text import TextStream, Tokenizer
 from kangaroo.training.tokenizer import train_tokenizer

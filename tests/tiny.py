@@ -3,7 +3,7 @@
 Layers from EXIT on are damped, so that what the first layers say is often, but not always, what the model says.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def _damp(model: PreTrainedModel, factor: float) -> None:
                 parameter.add_(offset).mul_(factor).sub_(offset)
 
 
-@lru_cache(maxsize=None)
+@cache
 def target(family: str) -> Target:
     """One shared Target per family: nothing changes it."""
     return Target(build(family))

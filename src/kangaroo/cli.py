@@ -1,6 +1,5 @@
 """The command line: one thin verb per use of the library. The only file that prints."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,25 +8,35 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from kangaroo.bench.check import CheckReport, check
-from kangaroo.bench.compare import Comparison, compare, without_end
+from kangaroo.bench.check import Difference, check, find_difference
+from kangaroo.bench.compare import Pair, compare, without_end
 from kangaroo.bench.cost import describe, measure_costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
-from kangaroo.decoder import Completion, Decoder, Stats, load
+from kangaroo.decoder import Decoder, load
 from kangaroo.errors import ConfigError, DataError, KangarooError
 from kangaroo.sampling import Sampling
+from kangaroo.terminal import (
+    comparison_facts,
+    completion_facts,
+    notes,
+    out,
+    print_error,
+    print_json,
+    progress,
+    show_batch,
+    show_check,
+    show_comparison,
+    show_table,
+    stats_facts,
+    stream_answer,
+    training_progress,
+)
 from kangaroo.text import Prompt
+from kangaroo.training.run import train as train_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 Model = Annotated[str, typer.Option(help="'demo', a local folder, or a hub name.")]
 DrafterName = Annotated[
@@ -76,59 +85,32 @@ def demo(
     chosen = interleave_kinds(read_prompts(split="held-out"))[:prompts]
     sampling = Sampling(temperature=temperature, seed=1)
     if not as_json:
-        show_answer(decoder, chosen[0].messages, max_tokens, sampling)
+        stream_answer(decoder, chosen[0].messages, max_tokens, sampling)
     # Ends are barred so that every answer has exactly max_tokens: short answers would measure prefill.
     measured = without_end(sampling, decoder.eos)
-    with progress(as_json) as bar:
-        task = bar.add_task("with and without Kangaroo, in turn", total=len(chosen))
+    with progress("with Kangaroo and without, in turn", len(chosen), hidden=as_json) as advance:
         result = compare(
             decoder.plain(),
             decoder,
             [p.messages for p in chosen],
             max_tokens=max_tokens,
             sampling=measured,
-            report=lambda pair: bar.advance(task),
+            report=lambda _: advance(),
         )
-    facts = comparison_facts(result, decoder, temperature)
+    ties = sum(examine(decoder, pair, measured).is_tie for pair in result.differing)
+    facts = comparison_facts(result, decoder, measured) | {"ties": ties}
     if as_json:
         print_json(facts)
     else:
         show_comparison(facts)
-    if not result.identical:
+    if ties < len(result.differing):
         raise typer.Exit(1)
 
 
-def comparison_facts(result: Comparison, decoder: Decoder, temperature: float) -> dict[str, Any]:
-    """The figures of a comparison, for people and machines alike."""
-    varied = result.without_repetitions()
-    return {
-        "identical": result.identical,
-        "speedup": round(result.speedup, 3),
-        "cr": round(result.compression_rate, 3),
-        "tokens_per_second": round(result.method_speed, 1),
-        "baseline_tokens_per_second": round(result.baseline_speed, 1),
-        "decode_speedup": round(result.decode_speedup, 3),
-        "speedup_without_repetitions": round(varied.speedup, 3) if varied.pairs else None,
-        "cr_without_repetitions": round(varied.compression_rate, 3) if varied.pairs else None,
-        "prompts": len(result.pairs),
-        "prompts_without_repetitions": len(varied.pairs),
-        "tokens": sum(len(pair.method.completion.tokens) for pair in result.pairs),
-        "temperature": temperature,
-        "dtype": str(decoder.target.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def show_comparison(facts: dict[str, Any]) -> None:
-    """The demo's closing lines."""
-    out.print(
-        f"{facts['prompts']} held-out prompts, {facts['tokens']} tokens, {facts['dtype']}, {facts['threads']} threads"
-    )
-    out.print(f"  plain decoding  {facts['baseline_tokens_per_second']:7.1f} tokens/s")
-    out.print(f"  Kangaroo        {facts['tokens_per_second']:7.1f} tokens/s, {facts['cr']:.2f} tokens per round")
-    verdict = "identical, every token" if facts["identical"] else "NOT IDENTICAL: run `kangaroo check`"
-    out.print(f"  speed-up        {facts['speedup']:7.2f} times")
-    out.print(f"  texts           {verdict}")
+def examine(decoder: Decoder, pair: Pair, sampling: Sampling) -> Difference:
+    """How close the call was where a pair's answers part."""
+    expected, got = pair.baseline.completion.tokens, pair.method.completion.tokens
+    return find_difference(decoder, decoder.tokenizer.encode(pair.prompt), expected, got, sampling)
 
 
 @app.command()
@@ -183,14 +165,18 @@ def generate(
         done = decoder.generate(
             [as_prompt(x) for x in lines], max_tokens=max_tokens, sampling=sampling, stop=stop or ()
         )
-        show_batch(lines, done, decoder.stats, as_json)
+        if as_json:
+            answers = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
+            print_json({"answers": answers} | stats_facts(decoder.stats))
+        else:
+            show_batch(lines, done, decoder.stats)
     elif prompt is not None and as_json:
         answer = decoder.generate([as_prompt(prompt)], max_tokens=max_tokens, sampling=sampling, stop=stop or ())[0]
         print_json(completion_facts(prompt, answer) | stats_facts(decoder.stats))
     elif prompt is not None:
         if not prompt:
             raise DataError("the prompt is empty: it must hold at least one token")
-        show_answer(decoder, as_prompt(prompt), max_tokens, sampling, stop or ())
+        stream_answer(decoder, as_prompt(prompt), max_tokens, sampling, stop or ())
     else:
         chat(decoder, max_tokens, sampling, stop or ())
 
@@ -226,61 +212,8 @@ def chat(decoder: Decoder, max_tokens: int, sampling: Sampling, stop: Sequence[s
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        answer = show_answer(decoder, messages, max_tokens, sampling, stop)
+        answer = stream_answer(decoder, messages, max_tokens, sampling, stop)
         messages.append({"role": "assistant", "content": answer})
-
-
-def show_answer(decoder: Decoder, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()) -> str:
-    """Stream an answer: green where drafted and accepted, plain where it is the target's own token."""
-    parts = []
-    for piece in decoder.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
-        parts.append(piece.text)
-        out.print(Text(printable(piece.text), style="green" if piece.drafted else ""), end="")
-    stats = decoder.stats
-    out.print()
-    share = (
-        f"{stats.accepted} of {stats.emitted} tokens drafted (green)" if out.is_terminal else f"{stats.emitted} tokens"
-    )
-    notes.print(
-        f"{share}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s",
-        style="dim",
-    )
-    return "".join(parts)
-
-
-def printable(text: str) -> str:
-    """A model's text for a terminal: control characters are shown, not obeyed. Piped text stays as it is."""
-    return text.translate(_CONTROL_PICTURES) if out.is_terminal else text
-
-
-def show_batch(prompts: list[str], done: list[Completion], stats: Stats, as_json: bool) -> None:
-    """Answers of a batch, in order."""
-    if as_json:
-        print_json(
-            {"answers": [completion_facts(p, c) for p, c in zip(prompts, done, strict=True)]} | stats_facts(stats)
-        )
-        return
-    for prompt, answer in zip(prompts, done, strict=True):
-        out.print(Text(f"> {prompt}", style="dim"))
-        out.print(Text(printable(answer.text) + "\n"))
-    notes.print(f"{stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim")
-
-
-def completion_facts(prompt: str, completion: Completion) -> dict[str, Any]:
-    """A completion for machines."""
-    return {"prompt": prompt, **asdict(completion)}
-
-
-def stats_facts(stats: Stats) -> dict[str, Any]:
-    """Stats for machines."""
-    return {
-        "emitted": stats.emitted,
-        "rounds": stats.rounds,
-        "drafted": stats.drafted,
-        "accepted": stats.accepted,
-        "cr": stats.compression_rate,
-        "tokens_per_second": stats.tokens_per_second,
-    }
 
 
 @app.command()
@@ -293,15 +226,14 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train what a recipe describes: an adapter for a target, or a target from scratch."""
-    from kangaroo.training import run
-
     if threads is not None:
         torch.set_num_threads(threads)
     overrides: dict[str, Any] = {} if output is None else {"output": str(output)}
     if max_steps is not None:
         overrides["schedule.steps"] = max_steps
-    folder = run.train(recipe, data, overrides=overrides, resume=resume, report=lambda row: out.print(row))
-    out.print(f"trained weights: {folder}")
+    with training_progress() as report:
+        folder = train_recipe(recipe, data, overrides=overrides, resume=resume, report=report)
+    out.print(f"best weights: {folder}")
 
 
 @app.command(name="check")
@@ -346,27 +278,12 @@ def check_command(
             max_tokens=max_tokens,
             report=status.update,
         )
-    show_check(report, as_json)
-    if report.problem:
-        raise typer.Exit(1)
-
-
-def show_check(report: CheckReport, as_json: bool) -> None:
-    """What a check found."""
     if as_json:
         print_json({"lossless": report.problem is None, "problem": report.problem, **asdict(report)})
-        return
-    rounds = report.rounds
-    out.print(f"{report.answers} answers, {report.tokens} tokens compared")
-    out.print(
-        f"rounds that accepted none {rounds.none}, some {rounds.some}, all {rounds.all}; undrafted {rounds.undrafted}"
-    )
-    for found in report.differences[:10]:
-        out.print(
-            f"prompt {found.prompt}, temperature {found.temperature:g}, batch {found.batch}: token {found.position} is "
-            f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}; float64 draws {found.float64}"
-        )
-    out.print("lossless: every token is the same" if report.problem is None else f"FAILED: {report.problem}")
+    else:
+        show_check(report)
+    if report.problem:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -392,27 +309,7 @@ def info(
     if as_json:
         print_json(facts)
         return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _readable(value))
-    out.print(table)
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{key}: {_readable(entry)}" for key, entry in value.items())
-    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def progress(hidden: bool) -> Progress:
-    """A progress bar on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    return Progress(*columns, TimeRemainingColumn(), console=notes, transient=True, disable=hidden)
-
-
-def print_json(facts: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(facts) + "\n")
+    show_table(facts)
 
 
 def main() -> None:
@@ -421,7 +318,9 @@ def main() -> None:
     try:
         app()
     except KangarooError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            notes.print(str(interruption))
         sys.exit(130)

@@ -151,7 +151,7 @@ class Target:
 
     def new_norm(self) -> nn.Module:
         """A copy of the final norm."""
-        return copy.deepcopy(self._norm)
+        return cast(nn.Module, copy.deepcopy(self._norm))
 
     @property
     def head(self) -> nn.Module:
@@ -344,7 +344,8 @@ def check_exit_layer(exit_layer: int, target: Target) -> None:
     """Raise ConfigError unless some layers lie before and some after the exit."""
     if not 0 <= exit_layer < target.num_layers:
         raise ConfigError(
-            f"exit layer must be in 0..{target.num_layers - 1} for a target of {target.num_layers} layers, got {exit_layer}"
+            f"exit layer must be in 0..{target.num_layers - 1} for a target of {target.num_layers} layers, "
+            f"got {exit_layer}"
         )
 
 

@@ -139,7 +139,8 @@ class Sampler:
     def scores(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """Logits [B, N, V] after bias, penalties, temperature and filters; what is filtered out is -inf.
 
-        The nodes are the last N of `prefix`. In float32, or float64 for a float64 model. Rows at temperature 0 are not scaled or filtered.
+        The nodes are the last N of `prefix`. In float32, or float64 for a float64 model. Rows at temperature 0 are
+        neither scaled nor filtered.
         """
         scores = logits if logits.dtype == torch.float64 else logits.float()
         kind = scores.dtype

@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.training.adapter import Author, load_target
+from kangaroo.training.batches import Packed
+from kangaroo.training.data import choose_documents
+from kangaroo.training.imitation import Imitation
 from kangaroo.training.metrics import METRICS, read_metrics
 from kangaroo.training.reading import read_recipe
 from kangaroo.training.recipe import AdapterRecipe
@@ -145,3 +150,14 @@ class Lesson:
 
 def dotted(overrides: dict[str, Any]) -> dict[str, Any]:
     return {key.replace("__", "."): value for key, value in overrides.items()}
+
+
+def build(run: Lesson, **overrides: Any) -> tuple[Imitation, Packed]:
+    """The objective and batches of a run, without running it."""
+    recipe = run.settings(**overrides)
+    target, tokenizer = load_target(recipe)
+    adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
+    adapter.initialise(recipe.seed, from_target=True)
+    training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
+    author = Author(target, tokenizer, recipe, lambda _: None)
+    return Imitation(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))

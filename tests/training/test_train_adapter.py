@@ -1,4 +1,4 @@
-"""What an adapter run learns from, what it measures, and what it leaves behind."""
+"""What an adapter run learns from, and what it leaves behind."""
 
 import dataclasses
 import json
@@ -8,38 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from lesson import Lesson
+from lesson import Lesson, build
 
-from kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.decode import decode, start
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.adapter import Adapter
 from kangaroo.errors import CapacityError, ConfigError, ModelError
-from kangaroo.sampling import Sampling
-from kangaroo.state import Request
 from kangaroo.training import imitation, loop
-from kangaroo.training.adapter import Author, load_target
-from kangaroo.training.batches import Packed
-from kangaroo.training.data import choose_documents
+from kangaroo.training.adapter import load_target
 from kangaroo.training.estimate import Estimate
 from kangaroo.training.imitation import Imitation, learnt_positions
 from kangaroo.training.report import Update
-from kangaroo.training.simulate import chain_rounds
 from kangaroo.tree import sequence
 
 MakeLesson = Callable[..., Lesson]
-
-
-def build(run: Lesson, **overrides: Any) -> tuple[Imitation, Packed]:
-    """The objective and batches of a run, without running it."""
-    recipe = run.settings(**overrides)
-    target, tokenizer = load_target(recipe)
-    adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
-    adapter.initialise(recipe.seed, from_target=True)
-    training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
-    author = Author(target, tokenizer, recipe, lambda _: None)
-    return Imitation(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
 
 
 def gradients(objective: Imitation) -> dict[str, torch.Tensor]:
@@ -139,87 +119,6 @@ def test_mixed_precision_and_half_targets(make_lesson: MakeLesson) -> None:
     assert len(set(losses)) == 3
 
 
-# Evaluation
-
-
-def test_simulated_rounds_are_those_of_decoding(make_lesson: MakeLesson) -> None:
-    """Same rounds, not only the same rate: on answers cut by length and by an end token, with some drafts refused."""
-    run = make_lesson()
-    changes = {"evaluation__max_tokens": 30, "evaluation__prompts": 6}
-    best = run.train(schedule__steps=12, **changes)
-    objective, _ = build(run, **changes)
-    settings, target = objective.recipe.evaluation, objective.target
-    adapter = Adapter.load(best, target)
-    objective.adapter = adapter
-    simulated, _ = objective.held_out.simulate(objective)
-    measured = []
-    eos = (int(target.model.config.eos_token_id),)
-    written = objective.held_out.written
-    for index, answer in enumerate(objective.held_out.answers):
-        tokens, _ = written.corpus.document(index)
-        prompt = tokens[: len(tokens) - len(answer)].tolist()
-        request = Request(prompt, Sampling(), settings.max_tokens)
-        drafter = Kangaroo(target, adapter, 2, ChainConfig(max_draft=settings.max_draft, threshold=settings.threshold))
-        state = start(target, drafter, [request], eos=eos)
-        measured.append([len(done.emitted[0]) for done in decode(target, drafter, state)])
-    assert [sum(rounds) for rounds in measured] == [len(answer) for answer in objective.held_out.answers]
-    assert simulated == measured
-    lengths = [n for rounds in measured for n in rounds]
-    assert 1.2 < sum(lengths) / len(lengths) < 6
-    assert {1, 2} < set(lengths)
-
-
-@given(st.data())
-def test_simulation_is_the_round_by_round_definition(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 20))
-    correct = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    confident = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
-    max_draft, room = data.draw(st.integers(1, 5)), count + data.draw(st.integers(0, 3))
-    left, position = chain_rounds(correct, confident, max_draft=max_draft, room=room), 0
-    for emitted in left:
-        # Draft as decoding does: on while sure, within the room, right or wrong.
-        drafted = 0
-        while drafted < max_draft and drafted + position + 1 < room and position + drafted < count:
-            drafted += 1
-            if not confident[position + drafted - 1]:
-                break
-        accepted = 0
-        while accepted < drafted and correct[position + accepted]:
-            accepted += 1
-        assert emitted == min(accepted + 1, count - position)
-        position += emitted
-    assert position == count
-
-
-@pytest.mark.parametrize(
-    ("correct", "confident", "room", "rounds"),
-    [
-        ("1111111", "1111111", 7, [4, 3]),  # three drafts and the target's own; then the room is for two and one
-        ("111", "111", 9, [3]),  # the third draft is the end token: nothing follows it
-        ("1111", "0111", 4, [2, 2]),  # the unsure token is drafted, and accepted
-        ("0000", "1111", 4, [1, 1, 1, 1]),
-    ],
-)
-def test_simulation_by_hand(correct: str, confident: str, room: int, rounds: list[int]) -> None:
-    flags = [[c == "1" for c in text] for text in (correct, confident)]
-    assert chain_rounds(*flags, max_draft=3, room=room) == rounds
-
-
-def test_training_raises_agreement_and_keeps_the_best(make_lesson: MakeLesson) -> None:
-    run = make_lesson()
-    best = run.train(schedule__steps=20)
-    rows = [row for row in run.rows() if "held_out/score" in row]
-    assert rows[-1]["held_out/sum_min"] > rows[0]["held_out/sum_min"]
-    config = json.loads((best / "config.json").read_text())
-    scores = [row["held_out/score"] for row in rows]
-    kept = config["provenance"]
-    assert kept["held_out"]["simulated_cr"] == max(scores)
-    assert kept["steps"] == next(row["step"] for row in rows if row["held_out/score"] == max(scores))
-    assert kept["recipe"]["adapter"]["exit_layer"] == 2
-    assert set(kept["sha256"]) == {"data", "target"}
-    assert {"torch", "transformers", "python"} <= set(kept["versions"])
-
-
 # The target's own words
 
 
@@ -257,6 +156,21 @@ def test_answers_do_not_depend_on_the_batch_and_are_kept(make_lesson: MakeLesson
 
 
 # The run
+
+
+def test_training_raises_agreement_and_keeps_the_best(make_lesson: MakeLesson) -> None:
+    run = make_lesson()
+    best = run.train(schedule__steps=20)
+    rows = [row for row in run.rows() if "held_out/score" in row]
+    assert rows[-1]["held_out/sum_min"] > rows[0]["held_out/sum_min"]
+    config = json.loads((best / "config.json").read_text())
+    scores = [row["held_out/score"] for row in rows]
+    kept = config["provenance"]
+    assert kept["held_out"]["simulated_cr"] == max(scores)
+    assert kept["steps"] == next(row["step"] for row in rows if row["held_out/score"] == max(scores))
+    assert kept["recipe"]["adapter"]["exit_layer"] == 2
+    assert set(kept["sha256"]) == {"data", "target"}
+    assert {"torch", "transformers", "python"} <= set(kept["versions"])
 
 
 def test_reports(make_lesson: MakeLesson) -> None:

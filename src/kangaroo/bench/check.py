@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 
@@ -36,8 +37,8 @@ class Difference:
 
     @property
     def is_tie(self) -> bool:
-        """Whether rounding explains it: a gap below TIE, and float64 on the side of plain decoding or of the other."""
-        return self.gap < TIE and self.float64 in (self.expected, self.got, None)
+        """Whether rounding explains it: a gap below TIE, and float64 takes one of the two sides."""
+        return self.gap < TIE and self.float64 in (self.expected, self.got)
 
 
 @dataclass(slots=True)
@@ -105,9 +106,12 @@ def check(
                 report(f"temperature {temperature:g}, batch {batch}: prompt {first + 1} of {len(prompts)}")
                 part = prompts[first : first + batch]
                 got = _answers(decoder, decoder.make_drafter, part, sampling, max_tokens, result.rounds)
-                for offset, answer in enumerate(got):
-                    where = Difference(first + offset, temperature, batch, 0, 0, 0, 0.0, None)
-                    _compare(decoder, prompts[first + offset], expected[first + offset], answer, where, result)
+                for index, answer in enumerate(got, first):
+                    result.answers += 1
+                    result.tokens += max(len(expected[index]), len(answer))
+                    if answer != expected[index]:
+                        found = find_difference(decoder, prompts[index], expected[index], answer, sampling)
+                        result.differences.append(replace(found, prompt=index, batch=batch))
     return result
 
 
@@ -130,37 +134,22 @@ def _answers(
     return texts
 
 
-def _compare(
-    decoder: Decoder,
-    prompt: Sequence[int],
-    expected: list[int],
-    got: list[int],
-    where: Difference,
-    result: CheckReport,
-) -> None:
-    result.answers += 1
-    result.tokens += max(len(expected), len(got))
-    if expected == got:
-        return
-    shared = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
-    if shared is None:  # one text is the beginning of the other
-        shared = min(len(expected), len(got))
-    wanted, found = (text[shared] if shared < len(text) else -1 for text in (expected, got))
-    result.differences.append(examine(decoder, prompt, expected[:shared], replace(where, expected=wanted, got=found)))
-
-
 @torch.inference_mode()
-def examine(decoder: Decoder, prompt: Sequence[int], answer: Sequence[int], where: Difference) -> Difference:
-    """How close the call was after `prompt` and `answer`: the gap, and what float64 says."""
-    sampling = Sampling(temperature=where.temperature, seed=1)
-    scores = _scores(decoder.target.model, prompt, answer, sampling)
+def find_difference(
+    decoder: Decoder, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int], sampling: Sampling
+) -> Difference:
+    """The first token in which two different answers to a prompt differ, the gap there, and what float64 says."""
+    # Where one answer is the beginning of the other, the missing token counts as -1.
+    pairs = list(zip_longest(expected, got, fillvalue=-1))
+    at = next(place for place, (wanted, found) in enumerate(pairs) if wanted != found)
+    scores = _scores(decoder.target.model, prompt, expected[:at], sampling)
     best = scores.topk(2).values
     float64 = None
     size = 8 * sum(p.numel() for p in decoder.target.model.parameters())
     if size < available_bytes(decoder.target.device):
         precise = copy.deepcopy(decoder.target.model).double()
-        float64 = int(_scores(precise, prompt, answer, sampling).argmax())
-    return replace(where, position=len(answer), gap=float(best[0] - best[1]), float64=float64)
+        float64 = int(_scores(precise, prompt, expected[:at], sampling).argmax())
+    return Difference(0, sampling.temperature, 1, at, *pairs[at], float(best[0] - best[1]), float64)
 
 
 def _scores(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling) -> torch.Tensor:

@@ -80,6 +80,11 @@ class Comparison:
         """Drafted tokens of each of the method's rounds."""
         return [count for pair in self.pairs for count in pair.method.stats.drafts]
 
+    @property
+    def differing(self) -> list[Pair]:
+        """Pairs whose answers differ."""
+        return [pair for pair in self.pairs if not pair.identical]
+
     def without_repetitions(self) -> "Comparison":
         """Only the answers that do not go in circles."""
         return replace(self, pairs=[pair for pair in self.pairs if not pair.repetitive])

@@ -32,7 +32,8 @@ class TreeConfig:
     def __post_init__(self) -> None:
         if self.top_k < 1 or self.max_draft < 1 or self.top_k * self.max_draft > 63:
             raise ConfigError(
-                f"a tree needs top_k >= 1, max_draft >= 1 and at most 63 drafted nodes, got {self.top_k} x {self.max_draft}"
+                f"a tree needs top_k and max_draft of at least 1 and at most 63 drafted nodes, "
+                f"got {self.top_k} x {self.max_draft}"
             )
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold is a probability in [0, 1], got {self.threshold}")

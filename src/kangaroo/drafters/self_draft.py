@@ -1,9 +1,9 @@
 """The self-draft model: the target's first layers, the adapter, the target's head (Liu et al. 2024, section 3.1).
 
-The shallow layers write the target's own KV cache, so what they compute is the first part of verification. The adapter's
-keys and values are one more layer of the same cache. After a round some accepted tokens may not have passed through the
-adapter yet (the last draft of a fully accepted chain, the leaves of a tree); they ride along with the first token of the
-next round.
+The shallow layers write the target's own KV cache, so what they compute is the first part of verification. The
+adapter's keys and values are one more layer of the same cache. After a round some accepted tokens may not have passed
+through the adapter yet (the last draft of a fully accepted chain, the leaves of a tree); they ride along with the first
+token of the next round.
 """
 
 import torch
@@ -17,7 +17,7 @@ from kangaroo.tree import Placement, pick, place_at
 
 
 class SelfDraft:
-    """q(x | prefix) = softmax(head(adapter(h_E))); without an adapter, the target's own norm in its place (early exit)."""
+    """q(x | prefix) = softmax(head(adapter(h_E))); without an adapter, the target's own norm stands in (early exit)."""
 
     def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int):
         self.target, self.adapter, self.exit_layer = target, adapter, exit_layer
