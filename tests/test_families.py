@@ -16,7 +16,7 @@ from kangaroo.model import FAMILIES, Target
 from kangaroo.tree import place, place_chain, sequence
 from oracle import EVERYTHING, GREEDY, oracle
 from runs import PROMPTS, generate, requests
-from tiny import EXIT, LAYERS, SPECIAL, VOCAB, WINDOW, build, make_adapter, target
+from tiny import EXIT, SPECIAL, VOCAB, WINDOW, build, make_adapter, target
 
 ALL = sorted(FAMILIES)
 WINDOWED = sorted(name for name, special in SPECIAL.items() if special.get("sliding_window") == WINDOW)
@@ -115,7 +115,10 @@ def test_an_adapter_has_the_familys_own_attention(family: str, tmp_path: Path) -
     assert torch.equal(adapter.double()(x, where), again(x, where))
     layer = run.layers[EXIT].self_attn
     assert again.attention is not None
-    assert close(run.attend(again.attention, x, where, None), run.attend(layer, x, where, None))
+    attended = run.attend(again.attention, x, where, None)
+    assert close(attended, run.attend(layer, x, where, None))
+    swapped = run.attend(again.attention, x[:, [1, 0, 2, 3, 4, 5]], where, None)
+    assert not close(attended[:, 2:], swapped[:, 2:]), "it should know the order of the tokens"
 
 
 # --- what sets families apart, one feature at a time
@@ -227,9 +230,12 @@ def test_an_unlisted_family_that_passes_the_check_is_accepted() -> None:
 
 def test_a_family_whose_layers_need_more_than_the_loop_gives_fails_the_check() -> None:
     model = build("llama")
-    layer, scale = model.model.layers[LAYERS - 1], torch.linspace(0, 2, 8)[None, :, None]
     model.config.model_type = "llama-plus"
-    # Something the model's own forward pass does between its layers, which no loop over the layers can know.
-    layer.register_forward_pre_hook(lambda _, args: (args[0] * scale[:, : args[0].shape[1]], *args[1:]))
+
+    def double(_: object, __: object, output: Any) -> Any:
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    model.model.register_forward_hook(double)  # no loop over the layers can know of it
     with pytest.raises(ModelError, match=r"llama-plus models are not supported: .* logits differ"):
         Target(model)

@@ -30,6 +30,8 @@ FAMILIES = frozenset(
     """.split()  # noqa: SIM905 (a list of 33 would take 33 lines)
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Families that rotate keys and queries in their sliding layers only: an adapter needs a layer that knows positions.
+ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
 
 
 class _Window(Cache):  # type: ignore[misc]
@@ -81,7 +83,7 @@ class Target:
         self.context, self._kinds = context_limit(self.config), layer_kinds(self.config, self.num_layers)
         self._window = int(getattr(self.config, "sliding_window", None) or 0)
         self._embedding_scale: float = 1.0
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._check()
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -113,6 +115,13 @@ class Target:
             if index + 1 in taps:
                 features[index + 1] = x
         return x, features
+
+    def prepare(self, where: Placement) -> Placement:
+        """The same placement with masks and rotary embeddings made, for callers that run it slice by slice."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        for kind in set(self._kinds):
+            self._layer_inputs(kind, where, like)
+        return where
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm."""
@@ -160,6 +169,8 @@ class Target:
 
     @property
     def _adapter_kind(self) -> str:
+        if self.config.model_type in ROTARY_IN_SLIDING_LAYERS_ONLY and SLIDING in self._kinds:
+            return SLIDING
         return FULL if FULL in self._kinds else self._kinds[0]
 
     def storage_shape(self, attention: nn.Module) -> LayerShape:
@@ -203,33 +214,39 @@ class Target:
         return getattr(self.config, "quantization_config", None) is not None
 
     def _layer_inputs(self, kind: str, where: Placement, x: Tensor) -> dict[str, Any]:
-        cos, sin = self._rotary_table(kind, where.mask.shape[-1], x)
-        at = where.positions.clamp_max(cos.shape[0] - 1)  # only padding can lie past the context
+        key = (kind, x.dtype)
+        if key not in where.derived:
+            where.derived[key] = (self._blocked(kind, where, x.dtype), *self._rotate(kind, where, x))
+        blocked, cos, sin = where.derived[key]
+        return {"attention_mask": blocked, "position_ids": where.positions, "position_embeddings": (cos, sin)}
+
+    def _blocked(self, kind: str, where: Placement, dtype: torch.dtype) -> Tensor:
+        """The additive attention mask [B, 1, N, S]."""
         visible = where.mask
         if kind == SLIDING:
             near = where.slot_positions[:, None] > where.positions[..., None] - self._window
             visible = visible & near
-        blocked = torch.zeros(visible.shape, dtype=x.dtype, device=visible.device)
-        blocked.masked_fill_(~visible, torch.finfo(x.dtype).min)
-        return {
-            "attention_mask": blocked[:, None],
-            "position_ids": where.positions,
-            "position_embeddings": (cos[at], sin[at]),
-        }
+        blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return blocked.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+    def _rotate(self, kind: str, where: Placement, x: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary_table(kind, where.mask.shape[-1], x)
+        at = where.positions.clamp_max(cos.shape[0] - 1)  # only padding can lie past the context
+        return cos[at], sin[at]
 
     def _rotary_table(self, kind: str, extent: int, x: Tensor) -> tuple[Tensor, Tensor]:
         # One table per layer type: gathering rows is far cheaper than the rotary module at every step, and its values
         # do not depend on which other rows share the batch.
         size = min(extent, self.context)
-        table = self._tables.get(kind)
-        if table is None or table[0].shape[0] < size or table[0].dtype != x.dtype:
+        table = self._tables.get((kind, x.dtype))
+        if table is None or len(table[0]) < size:
             size = min(self.context, max(size, 2 * (0 if table is None else len(table[0]))))
             positions = torch.arange(size, device=self.device)[None]
             typed = "layer_type" in inspect.signature(self._rotary.forward).parameters
             with torch.inference_mode(False), torch.no_grad():
                 like = torch.zeros(1, 1, self.width, dtype=x.dtype, device=self.device)
                 cos, sin = self._rotary(like, positions, kind) if typed else self._rotary(like, positions)
-            table = self._tables[kind] = (cos[0], sin[0])
+            table = self._tables[kind, x.dtype] = (cos[0], sin[0])
         return table
 
     def _refuse_what_cannot_work(self) -> None:

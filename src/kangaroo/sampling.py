@@ -47,7 +47,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number >= 0"),
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0, or finite and >= 1e-06"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
@@ -60,8 +60,8 @@ class Sampling:
         for name, valid, wanted in checks:
             if not valid:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
-        if any(token < 0 or math.isnan(bias) for token, bias in self.logit_bias.items()):
-            raise ConfigError("logit_bias must map token ids >= 0 to numbers")
+        if any(token < 0 or not bias < math.inf for token, bias in self.logit_bias.items()):
+            raise ConfigError("logit_bias must map token ids >= 0 to numbers, or to -inf to forbid a token")
 
 
 class Stream(IntEnum):

@@ -68,7 +68,7 @@ class State:
         self.rounds = 0
         self.longest = 0
         for row, request in enumerate(requests):
-            self.assign(row, request)
+            self._seat(row, request)
 
     @torch.inference_mode()
     def assign(self, row: int, request: Request) -> None:
@@ -76,6 +76,10 @@ class State:
 
         Raises CapacityError if the row is too short for it.
         """
+        self._seat(row, request)
+        self.sampler.replace(row, request.sampling)
+
+    def _seat(self, row: int, request: Request) -> None:
         prompt = torch.tensor(list(request.prompt), dtype=torch.int64, device=self.tokens.device)
         assert len(prompt) >= 1, "an empty prompt has no pending token"
         if len(prompt) + request.max_tokens > self.capacity:
@@ -88,7 +92,6 @@ class State:
         self.prompt_lengths[row] = len(prompt)
         self.room[row] = request.max_tokens
         self.active[row] = True
-        self.sampler.replace(row, request.sampling)
 
     @torch.inference_mode()
     def finish(self, row: int) -> None:

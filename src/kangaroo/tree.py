@@ -7,7 +7,7 @@ A draft is a tree of N nodes per row, parents before children. Node 0 is the pen
 through the target. A chain is the tree whose parents are -1, 0, 1, 2, ...
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -65,6 +65,8 @@ class Placement:
     """[B, S] int64: the position of the token in each slot, for masks that reach by distance (sliding windows)."""
     rows: Tensor | None = None
     """[B] the cache rows these nodes belong to; None for all rows in order."""
+    derived: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
+    """What a model has made of this placement; nodes are the last dimension but one. Slices inherit it."""
 
     def __getitem__(self, nodes: slice) -> "Placement":
         return Placement(
@@ -73,6 +75,7 @@ class Placement:
             self.mask[:, nodes],
             self.slot_positions,
             self.rows,
+            {key: tuple(tensor[..., nodes, :] for tensor in made) for key, made in self.derived.items()},
         )
 
 

@@ -55,7 +55,7 @@ class Kangaroo:
     def draft(self, state: State) -> Draft:
         """One token per step until every row is unsure, has no room, or has drafted `max_draft`."""
         limit = max(0, min(self._config.max_draft, int((state.room * state.active).max()) - 1))
-        where = place_chain(state.lengths, limit + 1, state.longest + limit + 1)
+        where = self.model.target.prepare(place_chain(state.lengths, limit + 1, state.longest + limit + 1))
         going = state.active & (state.room > 1)
         tokens, hidden, probs = [state.pending], [], []
         valid, confident = [torch.ones_like(state.pending, dtype=torch.bool)], torch.ones_like(going)
