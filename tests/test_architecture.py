@@ -1,0 +1,143 @@
+"""The map of the project: what may import what, and how long things may get.
+
+ORDER is the order in which to read the files. A file imports only from groups above its own, or from files above it in
+its own group where that is said. `docs` describe the same order in words.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kangaroo
+
+ROOT = Path(kangaroo.__file__).parent
+ORDER = [
+    "errors",
+    "files",
+    "memory",
+    "demo",
+    "tree",
+    "cache",
+    "sampling",
+    "state",
+    "model",
+    "adapter",
+    "drafters.base",
+    "drafters.self_draft",
+    "drafters.none",
+    "drafters.kangaroo",
+    "drafters.kangaroo_tree",
+    "drafters",
+    "accept",
+    "decode",
+    "text",
+    "decoder",
+    "hf",
+]
+USES = ["training", "bench", "serve", "export"]  # each may use everything in ORDER, and none of the others
+TOP = ["terminal", "cli", "__main__"]  # may use everything above
+PUBLIC = "__init__"  # the public names; nothing may import from it but its version
+BESIDE = {("hf", "decoder")}  # two doors into the same house
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+NAMES = {name_of(path) for path in FILES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of this project that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("kangaroo.") for alias in node.names if is_ours(alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            module = node.module or ""
+            if is_ours(module):
+                inner = module.removeprefix("kangaroo").removeprefix(".")
+                for alias in node.names:
+                    full = f"{inner}.{alias.name}".removeprefix(".")
+                    if full in NAMES or full != "__version__":
+                        yield full if full in NAMES else inner or PUBLIC
+
+
+def is_ours(module: str) -> bool:
+    return module == "kangaroo" or module.startswith("kangaroo.")
+
+
+def group(name: str) -> str:
+    return name.split(".")[0]
+
+
+def may_import(name: str, other: str) -> bool:
+    if name == PUBLIC:
+        return other in ORDER
+    if name in TOP:
+        return other in ORDER or group(other) in USES or other in TOP[: TOP.index(name)]
+    if group(name) in USES:
+        return other in ORDER or group(other) == group(name)
+    return (name, other) not in BESIDE and other in ORDER[: ORDER.index(name)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_only_from_above(path: Path) -> None:
+    name = name_of(path)
+    assert name in ORDER or name in TOP or name == PUBLIC or group(name) in USES, f"{name} has no place in the order"
+    for other in imports(path):
+        assert may_import(name, other), f"{name} may not import {other}"
+
+
+def test_uses_do_not_import_one_another_even_in_a_circle() -> None:
+    """The rule itself: it forbids what it should, so that the test above can fail."""
+    assert may_import("decode", "accept")
+    assert may_import("bench.check", "decoder")
+    assert may_import("training.loop", "training.recipe")
+    assert may_import("cli", "terminal")
+    for name, other in [
+        ("accept", "decode"),
+        ("drafters.kangaroo", "accept"),
+        ("drafters.base", "drafters.kangaroo"),
+        ("bench.check", "training.loop"),
+        ("hf", "decoder"),
+        ("model", "adapter"),
+        ("decoder", "cli"),
+        ("errors", PUBLIC),
+        ("training.adapter", PUBLIC),
+    ]:
+        assert not may_import(name, other), f"{name} imports {other}"
+
+
+def test_every_name_in_the_order_is_a_file() -> None:
+    assert set(ORDER) <= NAMES
+
+
+def test_only_one_file_touches_transformers_internals() -> None:
+    """Elsewhere transformers is a loader of models and tokenizers: its public names are imported and nothing more."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
+                pytest.fail(f"{name_of(path)} imports from {node.module}")
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in FILES:
+        if name_of(path) in TOP:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+            assert called != "print", f"{name_of(path)} prints"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_and_functions_are_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is too long"
