@@ -26,6 +26,14 @@ from kangaroo.tree import Placement
 
 Variant = Literal["kangaroo", "own-head", "full-layer", "mlp-only"]
 WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
+_FIELDS = {
+    "exit_layer": int,
+    "variant": str,
+    "width": int,
+    "vocab_size": int,
+    "target_fingerprint": str,
+    "weights_sha256": str,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,19 +165,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"no adapter in {folder}: {hint}")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        needed = {
-            "exit_layer",
-            "variant",
-            "width",
-            "vocab_size",
-            "target_fingerprint",
-            "weights_sha256",
-        } - set(table)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from None
-    if needed:
-        raise AdapterError(f"{path} lacks {sorted(needed)[0]!r}")
-    return table  # type: ignore[no-any-return]
+    if not isinstance(table, dict):
+        raise AdapterError(f"{path} is damaged: it should hold one table")
+    for name, kind in _FIELDS.items():
+        if type(table.get(name)) is not kind:
+            raise AdapterError(f"{path} is damaged: {name!r} should be of type {kind.__name__}")
+    return table
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:

@@ -213,11 +213,23 @@ def load(
     if str(model) == "demo":
         model, adapter = demo.TARGET, adapter or demo.ADAPTER
     loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(loaded.config._name_or_path)
+    tokenizer = tokenizer or load_tokenizer(loaded.config._name_or_path)
     target = Target(loaded)
     make_drafter = DRAFTERS[drafter](target, None if adapter is None else Path(adapter), settings)
     return Decoder(target, make_drafter, Tokenizer(tokenizer), end_tokens(loaded))
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer in a folder or of a hub name."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -228,8 +240,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load a causal LM from {name}: {first}") from None
+        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
     return model.to(device)
 
 

@@ -30,6 +30,7 @@ FAMILIES = frozenset(
     """.split()  # noqa: SIM905 (a list of 33 would take 33 lines)
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Families that rotate keys and queries in their sliding layers only: an adapter needs a layer that knows positions.
 ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
 
@@ -268,13 +269,15 @@ class Target:
     def _check(self) -> None:
         """Compare with the model's own forward pass on a few tokens, shallow layers ahead of the deep ones."""
         family = self.config.model_type
-        if torch.isnan(self._embedding.weight).any():
-            raise ModelError("the embedding holds NaN; the checkpoint is damaged")
+        for name, parameter in self.model.named_parameters():
+            readable = parameter.device.type != "meta" and parameter.dtype in PLAIN_DTYPES
+            if readable and not parameter.sum(dtype=torch.float32).isfinite():
+                raise ModelError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
         length = 8 if family in FAMILIES or not self._window else min(2 * self._window, self.context, 2048)
         tokens = (torch.arange(length, device=self.device) * 7919 + 13)[None] % self.vocab_size
         wanted, first_input = self._own_forward(tokens)
         if not torch.isfinite(wanted).all():
-            raise ModelError("the model's logits are not finite; the checkpoint holds NaN or infinite weights")
+            raise ModelError("the model's logits are not finite; its weights are too large for its precision")
         self._embedding_scale = self._find_embedding_scale(tokens, first_input)
         self._shapes = self._record_shapes(tokens)
         got = self._check_logits(tokens)

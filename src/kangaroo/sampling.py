@@ -64,6 +64,10 @@ class Sampling:
             raise ConfigError("logit_bias must map token ids >= 0 to numbers, or to -inf to forbid a token")
 
 
+NOISE_KEPT = 1 << 20
+"""Numbers of noise a sampler remembers, at most."""
+
+
 class Stream(IntEnum):
     """Independent sources of noise. `match` lets draft and target share one; `reject` must not."""
 
@@ -128,6 +132,7 @@ class Sampler:
         self._repetition = column([r.repetition_penalty for r in rows])
         self._presence = column([r.presence_penalty for r in rows])
         self._frequency = column([r.frequency_penalty for r in rows])
+        self._recent: dict[tuple[int, ...], Tensor] = {}
         self._keys = mix(torch.tensor([[r.seed, r.index] for r in rows], dtype=torch.int64, device=self.device))
         self._bias: Tensor | None = None
         if any(r.logit_bias for r in rows):
@@ -179,8 +184,23 @@ class Sampler:
         """Add Gumbel noise keyed by the positions [B, N] of the tokens being drawn; none at temperature 0."""
         if self.greedy:
             return scores
-        noise = gumbel(self.keys(positions, stream), self.vocab_size)
-        return scores + noise.mul_(self._hot).to(scores.dtype)
+        return scores + self._noise(positions, stream).to(scores.dtype)
+
+    def _noise(self, positions: Tensor, stream: Stream) -> Tensor:
+        # Draft and target draw at the same positions, and so do the siblings of a tree. On a CPU, where noise costs as
+        # much as a layer of a small model, the columns made last are kept: they are a pure function of the positions.
+        kept = NOISE_KEPT // (len(self._rows) * self.vocab_size)
+        if stream != Stream.TARGET or self.device.type != "cpu" or kept == 0:
+            return gumbel(self.keys(positions, stream), self.vocab_size) * self._hot
+        columns = [tuple(column) for column in positions.T.tolist()]
+        missing = list(dict.fromkeys(column for column in columns if column not in self._recent))
+        if missing:
+            fresh = gumbel(self.keys(torch.tensor(missing).T, stream), self.vocab_size) * self._hot
+            self._recent |= dict(zip(missing, fresh.split(1, 1), strict=True))
+        noise = torch.cat([self._recent[column] for column in columns], 1)
+        for column in list(self._recent)[:-kept]:
+            del self._recent[column]
+        return noise
 
     def draw(self, logits: Tensor, prefix: Prefix, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
         """The token [B, N] drawn at each node (the Gumbel-max trick); `positions` are those of the drawn tokens."""
@@ -198,7 +218,7 @@ class Sampler:
 
     def keys(self, counters: Tensor, stream: Stream) -> Tensor:
         """Seeds of noise [B, N]: a hash of each row's (seed, sample index), of `counters` [B, N] and the stream."""
-        return mix(torch.stack([self._keys[:, None].expand_as(counters), counters * 4 + int(stream)], -1))
+        return _finalise((self._keys[:, None] + _GOLDEN) ^ (counters * 4 + int(stream)))
 
 
 def count_tokens(prefix: Prefix, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -234,17 +254,17 @@ def mix(parts: Tensor) -> Tensor:
 
 
 def _finalise(x: Tensor) -> Tensor:
-    # Arithmetic shifts made logical by masking the sign extension away.
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_A
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_B
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    # Arithmetic shifts made logical by masking the sign extension away; in place, as these rows are vocabulary-long.
+    x = (x >> 30).bitwise_and_(0x3FFFFFFFF).bitwise_xor_(x).mul_(_MIX_A)
+    x = (x >> 27).bitwise_and_(0x1FFFFFFFFF).bitwise_xor_(x).mul_(_MIX_B)
+    return (x >> 31).bitwise_and_(0x1FFFFFFFF).bitwise_xor_(x)
 
 
 def _to_unit(bits: Tensor) -> Tensor:
-    return ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
+    return (bits >> 12).bitwise_and_((1 << 52) - 1).double().add_(0.5).mul_(2.0**-52)
 
 
 def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [B, N, V] in float64: token v of a node gets output v of a splitmix64 run seeded there."""
-    tokens = torch.arange(1, vocab_size + 1, device=keys.device) * _GOLDEN
+    tokens = torch.arange(1, vocab_size + 1, device=keys.device).mul_(_GOLDEN)
     return _to_unit(_finalise(keys[..., None] + tokens)).log_().neg_().log_().neg_()

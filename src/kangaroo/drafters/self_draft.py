@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kangaroo.adapter import Adapter
 from kangaroo.cache import LayerShape
-from kangaroo.model import Target
+from kangaroo.model import Target, check_exit_layer
 from kangaroo.state import Committed, State
 from kangaroo.tree import Placement, pick, place_at
 
@@ -20,6 +20,7 @@ class SelfDraft:
     """q(x | prefix) = softmax(head(adapter(h_E))); without an adapter, the target's own norm stands in (early exit)."""
 
     def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int):
+        check_exit_layer(exit_layer, target)
         self.target, self.adapter, self.exit_layer = target, adapter, exit_layer
         self.taps = () if adapter is None else (exit_layer,)
         self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from kangaroo import demo
 from kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.decoder import end_tokens, load_model
-from kangaroo.errors import ConfigError, DataError, ModelError
+from kangaroo.decoder import end_tokens, load_model, load_tokenizer
+from kangaroo.errors import ConfigError, DataError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
@@ -55,11 +54,7 @@ def load_target(recipe: AdapterRecipe) -> tuple[Target, Any]:
     if dtype is None and not torch.cuda.is_available():
         dtype = torch.float32
     model = load_model(name, dtype).requires_grad_(False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name}: {str(error).strip().splitlines()[0]}") from None
-    return Target(model), tokenizer
+    return Target(model), load_tokenizer(name)
 
 
 class Author:
