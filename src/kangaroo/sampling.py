@@ -196,7 +196,7 @@ class Sampler:
         missing = list(dict.fromkeys(column for column in columns if column not in self._recent))
         if missing:
             fresh = gumbel(self.keys(torch.tensor(missing).T, stream), self.vocab_size) * self._hot
-            self._recent |= dict(zip(missing, fresh.split(1, 1), strict=True))
+            self._recent |= dict(zip(missing, torch.split(fresh, 1, 1), strict=True))
         noise = torch.cat([self._recent[column] for column in columns], 1)
         for column in list(self._recent)[:-kept]:
             del self._recent[column]
