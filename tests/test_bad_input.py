@@ -10,10 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import GREEDY
-from runs import PROMPTS
 from safetensors.torch import load_file, save_file
-from tiny import EXIT, LAYERS, VOCAB, WIDTH, build, make_adapter, target
 from transformers import PreTrainedModel
 
 import kangaroo.model
@@ -24,6 +21,9 @@ from kangaroo.errors import AdapterError, CapacityError, ConfigError, DataError,
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
+from oracle import GREEDY
+from runs import PROMPTS
+from tiny import EXIT, LAYERS, VOCAB, WIDTH, build, make_adapter, target
 
 
 def refusal(kind: type[KangarooError], act: Callable[[], object]) -> str:

@@ -4,17 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import EVERYTHING, GREEDY
-from runs import DRAFTERS, PROMPTS, generate, requests
-from tiny import EXIT, LAYERS, make_adapter, target
 
 from kangaroo.decode import decode, prefill, start, step
 from kangaroo.drafters import ChainConfig, Drafter, Kangaroo, KangarooTree, NoDrafter, TreeConfig
 from kangaroo.drafters.kangaroo import top_probability
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
-from kangaroo.state import Request, State
+from kangaroo.state import Committed, Request, State
 from kangaroo.tree import Draft, Stop, sequence
+from oracle import EVERYTHING, GREEDY
+from runs import DRAFTERS, PROMPTS, generate, requests
+from tiny import EXIT, LAYERS, build, make_adapter, target
 
 ADAPTER_LAYER = LAYERS  # the cache layer behind the target's own
 
@@ -160,6 +160,43 @@ def test_nothing_is_drafted_that_could_not_be_emitted() -> None:
                 room -= len(emitted)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING, Sampling(temperature=1.5, seed=5)])
+@pytest.mark.parametrize("kind", ["chain", "tree"])
+def test_a_drafter_that_thinks_what_the_target_thinks_is_always_right(kind: str, sampling: Sampling) -> None:
+    """Draft and target share their noise and their processors, so at any temperature equal laws give equal tokens."""
+    model = Target(build("llama", damping=0.0))  # its deep layers add nothing: early exit is the model itself
+    drafter: Drafter = Kangaroo(model, None, EXIT, ChainConfig(max_draft=4, threshold=0))
+    if kind == "tree":
+        drafter = KangarooTree(model, None, EXIT, TreeConfig(top_k=3, max_draft=4, threshold=0))
+    run = generate(model, drafter, requests(PROMPTS, sampling, 15))
+    if kind == "chain":
+        assert [[len(emitted) for emitted in rounds] for rounds in run.rounds] == [[5, 5, 5]] * 3
+    else:  # of the deeper levels a tree keeps the paths that are likely as a whole
+        assert all(len(emitted) >= 2 for rounds in run.rounds for emitted in rounds[:-1])
+
+
+class Listener(NoDrafter):
+    """Notes which rows' prompts it is shown, and from where."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[list[int], list[int], list[int]]] = []
+
+    def observe(self, state: State, committed: Committed) -> None:
+        if committed.path is None:
+            rows = range(state.batch) if committed.where.rows is None else committed.where.rows.tolist()
+            self.shown.append((list(rows), committed.where.positions[:, 0].tolist(), committed.count.tolist()))
+
+
+def test_a_drafter_is_shown_every_prompt_from_its_beginning_even_one_of_a_single_token() -> None:
+    model, drafter = target("llama"), Listener()
+    state = start(model, drafter, [Request([5], GREEDY, 3), Request([6], GREEDY, 9)], capacity=20)
+    while state.active[0]:
+        step(model, drafter, state)
+    state.assign(0, Request([7], GREEDY, 3))
+    prefill(model, drafter, state, rows=torch.tensor([0]))
+    assert drafter.shown == [([0, 1], [0, 0], [0, 0]), ([0], [0], [0])]
+
+
 # --- trees
 
 
@@ -201,9 +238,7 @@ def test_branches_close_below_the_threshold_and_their_last_node_stays() -> None:
                 path = path_to(draft, row, node)
                 text = torch.cat([state.tokens[row, : state.lengths[row]], draft.tokens[row, path]])
                 q = from_scratch(model, text)[1].softmax(-1)
-                steps = [
-                    float(q[state.lengths[row] + i, draft.tokens[row, child]]) for i, child in enumerate(path[1:])
-                ]
+                steps = [float(q[state.lengths[row] + i, draft.tokens[row, child]]) for i, child in enumerate(path[1:])]
                 above = torch.tensor(steps[:-1]).prod()
                 assert above >= threshold * 0.999, "a node grew from a closed branch"
                 closed |= bool(above * steps[-1] < threshold)

@@ -33,7 +33,9 @@ def trees(draw: st.DrawFn, most: int = 9) -> list[int]:
 
 
 @given(parents=trees(), lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4), slack=st.integers(0, 3))
-def test_nodes_see_the_committed_text_and_their_own_ancestors(parents: list[int], lengths: list[int], slack: int) -> None:
+def test_nodes_see_the_committed_text_and_their_own_ancestors(
+    parents: list[int], lengths: list[int], slack: int
+) -> None:
     nodes, extent = len(parents), max(lengths) + len(parents) + slack
     where = place(torch.tensor(lengths), torch.tensor([parents] * len(lengths)), extent)
     for row, length in enumerate(lengths):

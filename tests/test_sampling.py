@@ -11,9 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import EVERYTHING, reference_scores
-from runs import generate
-from tiny import build, make_adapter
 from torch import Tensor
 
 import kangaroo.accept
@@ -26,6 +23,9 @@ from kangaroo.model import Target
 from kangaroo.sampling import Prefix, Sampler, Sampling, Stream, gumbel
 from kangaroo.state import Request, State
 from kangaroo.tree import Draft, Stop, chain, place_chain
+from oracle import EVERYTHING, reference_scores
+from runs import generate
+from tiny import build, make_adapter
 
 CPU, VOCAB = torch.device("cpu"), 61
 PROCESSORS = {

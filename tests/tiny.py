@@ -68,7 +68,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 WINDOWED = frozenset(name for name, special in SPECIAL.items() if special.get("sliding_window") == WINDOW)
 
 
-def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def build(family: str, seed: int = 0, damping: float = 0.3, **changes: Any) -> PreTrainedModel:
     """A model of the family with random weights, float64, on the CPU."""
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -89,7 +89,7 @@ def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval().requires_grad_(False)
     _randomise_ones_and_zeros(model)
-    _damp(model, 0.3)
+    _damp(model, damping)
     return model
 
 
