@@ -40,11 +40,8 @@ class Kangaroo:
 
     def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int, config: ChainConfig):
         self.model, self._config = SelfDraft(target, adapter, exit_layer), config
-        self.taps, self.cache_layers, self.nodes = (
-            self.model.taps,
-            self.model.cache_layers,
-            config.max_draft + 1,
-        )
+        self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
+        self.nodes = config.max_draft + 1
         self._steps = 0
 
     def observe(self, state: State, committed: Committed) -> None:
@@ -57,7 +54,7 @@ class Kangaroo:
         limit = max(0, min(self._config.max_draft, int((state.room * state.active).max()) - 1))
         where = self.model.target.prepare(place_chain(state.lengths, limit + 1, state.longest + limit + 1))
         going = state.active & (state.room > 1)
-        tokens, hidden, probs = [state.pending], [], []
+        tokens, hidden, probs = [state.pending], list[Tensor](), list[Tensor]()
         valid, confident = [torch.ones_like(state.pending, dtype=torch.bool)], torch.ones_like(going)
         for k in range(limit + 1):
             here = where[k : k + 1]
@@ -68,7 +65,7 @@ class Kangaroo:
             logits = self.model.logits(x, here, state)
             token, q = _choose(logits, torch.cat(tokens, 1), state)
             tokens.append(token)
-            probs.append(q)
+            probs += [] if q is None else [q]
             valid.append(going[:, None])
             confident = torch.where(going, top_probability(logits)[:, 0] >= self._config.threshold, confident)
             going = going & confident & (state.room > k + 2)
@@ -81,9 +78,8 @@ class Kangaroo:
             stops=self._reasons(state, confident, torch.cat(valid, 1)),
             hidden=torch.cat(hidden, 1),
             layers_done=self.model.exit_layer,
-            probs=torch.cat([torch.zeros_like(p) for p in probs[:1]] + probs, 1)
-            if state.rule == "reject" and probs
-            else None,
+            # The pending token was not drawn here; its place holds zeros that nobody reads.
+            probs=torch.cat([torch.zeros_like(probs[0]), *probs], 1) if probs else None,
         )
 
     def _reasons(self, state: State, confident: Tensor, valid: Tensor) -> tuple[Stop, ...]:
@@ -100,13 +96,13 @@ def _reason(active: bool, confident: bool, room: int, drafted: int, limit: int) 
     return Stop.LENGTH if drafted == limit < room else Stop.ROOM
 
 
-def _choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """(drafted token [B, 1], its distribution [B, 1, V] for `reject`) from draft logits [B, 1, V]."""
+def _choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
+    """(drafted token [B, 1], the distribution [B, 1, V] it was drawn from if by `reject`) from logits [B, 1, V]."""
     nodes = tokens.shape[1]
     prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
     if state.rule == "match":
         # With the target's own noise: where q is close to p, the two draws are the same token.
-        return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), logits
+        return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), None
     counters = state.round_counters(nodes)[:, -1:]
     return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
 
