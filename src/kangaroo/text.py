@@ -29,13 +29,13 @@ class Tokenizer:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text as it stands, or of a conversation, rendered by the chat template up to the answer."""
         if isinstance(prompt, str):
-            return list(self._tokenizer(prompt)["input_ids"])
+            return list(self._tokenizer(prompt, verbose=False)["input_ids"])
         if not prompt or not all({"role", "content"} <= set(message) for message in prompt):
             raise DataError(f'a conversation is a list of {{"role", "content"}} messages, got {str(prompt)[:60]!r}')
         if not self.has_chat_template:
             raise DataError("this model's tokenizer has no chat template: give the prompt as plain text")
         rendered = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
