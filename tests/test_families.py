@@ -124,6 +124,28 @@ def test_an_adapter_has_the_familys_own_attention(family: str, tmp_path: Path) -
 # --- what sets families apart, one feature at a time
 
 
+@pytest.mark.parametrize("window", [WINDOW, 20], ids=["short", "longer-than-the-check"])
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma", "olmo2", "phi"])
+@torch.inference_mode()
+def test_a_window_in_the_config_of_a_family_that_ignores_it_is_ignored(family: str, window: int) -> None:
+    run, tokens = Target(build(family, sliding_window=window)), torch.randint(VOCAB, (1, 30))
+    x, _ = run.run(run.embed(tokens), sequence(1, 30), None)
+    assert close(run.logits(run.norm(x)), own_logits(run.model, tokens))
+    assert run.config.sliding_window == window
+
+
+@pytest.mark.parametrize("own_window", [True, False])
+def test_an_unlisted_family_must_prove_its_window_however_long(own_window: bool) -> None:
+    """The check at load time looks past any window, so a family that ignores its own is refused, not run wrongly."""
+    model = build("mistral" if own_window else "llama", sliding_window=100)
+    model.config.model_type = "cousin"
+    if own_window:
+        assert Target(model).config.sliding_window == 100
+    else:
+        with pytest.raises(ModelError, match="cousin models are not supported"):
+            Target(model)
+
+
 def test_rotary_scaling_that_grows_with_the_text_is_held_to_the_length_where_it_does_not() -> None:
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
     model = build(
@@ -238,4 +260,14 @@ def test_a_family_whose_layers_need_more_than_the_loop_gives_fails_the_check() -
 
     model.model.register_forward_hook(double)  # no loop over the layers can know of it
     with pytest.raises(ModelError, match=r"llama-plus models are not supported: .* logits differ"):
+        Target(model)
+
+
+def test_a_family_whose_layers_rely_on_what_the_model_prepares_is_refused() -> None:
+    model, prepared = build("llama"), {}
+    model.config.model_type = "llama-minus"
+    model.model.register_forward_pre_hook(lambda *_: prepared.update(ready=True))
+    model.model.register_forward_hook(lambda *_: prepared.clear())
+    model.model.layers[1].register_forward_pre_hook(lambda *_: prepared["ready"] and None)
+    with pytest.raises(ModelError, match="llama-minus models are not supported: their layers need more"):
         Target(model)

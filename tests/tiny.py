@@ -30,7 +30,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN,
     "qwen3": {**_QWEN, "head_dim": 8},
     "qwen2_moe": {**_QWEN, **_EXPERTS, "shared_expert_intermediate_size": 40},
-    "qwen3_moe": {**_EXPERTS, "num_local_experts": 4, "head_dim": 8, "sliding_window": None},
+    "qwen3_moe": {**_EXPERTS, "num_local_experts": 4, "head_dim": 8, "use_sliding_window": True, **_WINDOWED},
     "gemma2": {**_MIXED, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 8},
     "olmo3": _MIXED,
