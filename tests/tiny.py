@@ -64,8 +64,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
 }
-# Windowed families whose every layer, or every deep layer, looks no further back than WINDOW tokens.
-WINDOWED = frozenset(name for name, special in SPECIAL.items() if special.get("sliding_window") == WINDOW)
 
 
 def build(family: str, seed: int = 0, damping: float = 0.3, **changes: Any) -> PreTrainedModel:

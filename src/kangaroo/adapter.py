@@ -68,7 +68,10 @@ class Adapter(nn.Module):
         self.float().to(target.device).requires_grad_(True)
 
     def initialise(self, seed: int, *, from_target: bool) -> None:
-        """Random weights (norms at one, head as the target's); or attention and norms copied from the exit layer."""
+        """Random weights (norms at one, head as the target's); or those of the target's layer at the exit, where they fit.
+
+        Raises ConfigError if a full layer is to be copied from a target whose feed-forward network is not Llama-like.
+        """
         torch.manual_seed(seed)
         target = self._target[0]
         for name, parameter in self.named_parameters():
@@ -86,6 +89,9 @@ class Adapter(nn.Module):
             self.attention.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]
             if hasattr(layer, "input_layernorm"):
                 self.norm_in.load_state_dict(layer.input_layernorm.state_dict())  # type: ignore[union-attr]
+            if self.mlp is not None and self.norm_mid is not None:
+                self.mlp.copy_from(layer.mlp)  # type: ignore[arg-type]
+                self.norm_mid.load_state_dict(layer.post_attention_layernorm.state_dict())  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None = None) -> Tensor:
         """States after the exit layer [B, N, D] -> normed states [B, N, D] that `logits` reads."""
@@ -151,6 +157,14 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(width, inner, bias=False)
         self.up = nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
+
+    def copy_from(self, mlp: nn.Module) -> None:
+        """Take a Llama-like layer's weights. Raises ConfigError for feed-forward networks of another kind."""
+        for own, name in ((self.gate, "gate_proj"), (self.up, "up_proj"), (self.down, "down_proj")):
+            theirs = getattr(getattr(mlp, name, None), "weight", None)
+            if theirs is None or theirs.shape != own.weight.shape:
+                raise ConfigError("the target's feed-forward network is of another kind; start from init = \"random\"")
+            own.weight.data.copy_(theirs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""

@@ -275,7 +275,7 @@ class Target:
         for name, parameter in self.model.named_parameters():
             readable = parameter.device.type != "meta" and parameter.dtype in PLAIN_DTYPES
             if readable and not parameter.sum(dtype=torch.float32).isfinite():
-                raise ModelError(f"{name} holds NaN or infinite values; the checkpoint is damaged")
+                raise ModelError(f"{name} holds values that are not finite; the checkpoint is damaged")
         config, window = self.model.base_model.config, self._window
         if window:  # so short that the trial looks past it, whatever its real length
             config.sliding_window = self._window = TRIAL // 2
