@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from chat_model import save_chat_model
 
 import kangaroo
+from chat_model import save_chat_model
 from kangaroo.sampling import Sampling, gumbel, mix
 
 pytestmark = [

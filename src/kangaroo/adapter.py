@@ -8,7 +8,7 @@ ablation (table 2) add a head of their own, add a feed-forward network, or repla
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,8 @@ WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
 _FIELDS = {
     "exit_layer": int,
     "variant": str,
+    "max_draft": int,
+    "threshold": float,
     "width": int,
     "vocab_size": int,
     "target_fingerprint": str,
@@ -38,10 +40,14 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """Where the adapter reads, and which of the paper's variants it is."""
+    """Where the adapter reads, which of the paper's variants it is, and how to draft with it unless told otherwise."""
 
     exit_layer: int
     variant: Variant = "kangaroo"
+    max_draft: int = 6
+    """The chain's length it was evaluated with (the paper's gamma)."""
+    threshold: float = 0.6
+    """The confidence it was evaluated with (the paper's eta)."""
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
@@ -68,7 +74,7 @@ class Adapter(nn.Module):
         self.float().to(target.device).requires_grad_(True)
 
     def initialise(self, seed: int, *, from_target: bool) -> None:
-        """Random weights (norms at one, head as the target's); or those of the target's layer at the exit, where they fit.
+        """Random weights (norms at one, the target's head), or those of the target's layer at the exit where they fit.
 
         Raises ConfigError if a full layer is to be copied from a target whose feed-forward network is not Llama-like.
         """
@@ -140,7 +146,7 @@ class Adapter(nn.Module):
                 f"the adapter in {folder} was trained for another target (fingerprint {table['target_fingerprint']}, "
                 f"this target has {target.fingerprint}); train one for this target with `kangaroo train`"
             )
-        adapter = cls(target, AdapterConfig(exit_layer=table["exit_layer"], variant=table["variant"]))
+        adapter = cls(target, AdapterConfig(**{field.name: table[field.name] for field in fields(AdapterConfig)}))
         tensors = _read_weights(folder / WEIGHTS, table["weights_sha256"])
         missing = adapter.load_state_dict(tensors, strict=False)
         if missing.missing_keys or missing.unexpected_keys:
@@ -163,7 +169,7 @@ class FeedForward(nn.Module):
         for own, name in ((self.gate, "gate_proj"), (self.up, "up_proj"), (self.down, "down_proj")):
             theirs = getattr(getattr(mlp, name, None), "weight", None)
             if theirs is None or theirs.shape != own.weight.shape:
-                raise ConfigError("the target's feed-forward network is of another kind; start from init = \"random\"")
+                raise ConfigError('the target\'s feed-forward network is of another kind; start from init = "random"')
             own.weight.data.copy_(theirs)
 
     def forward(self, x: Tensor) -> Tensor:

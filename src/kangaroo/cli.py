@@ -1,8 +1,7 @@
 """The command line: one thin verb per use of the library. The only file that prints."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,35 +149,41 @@ def generate(
         seed=seed,
     )
     decoder = open_decoder(
-        model,
-        drafter,
-        adapter,
-        dtype,
-        threads,
-        exit_layer=exit_layer,
-        max_draft=max_draft,
-        threshold=threshold,
+        model, drafter, adapter, dtype, threads, exit_layer=exit_layer, max_draft=max_draft, threshold=threshold
     )
-    as_prompt = str if raw or not decoder.tokenizer.has_chat_template else as_message
-    if prompts is not None:
-        lines = read_lines(prompts)
-        done = decoder.generate(
-            [as_prompt(x) for x in lines], max_tokens=max_tokens, sampling=sampling, stop=stop or ()
-        )
-        if as_json:
-            answers = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
-            print_json({"answers": answers} | stats_facts(decoder.stats))
-        else:
-            show_batch(lines, done, decoder.stats)
-    elif prompt is not None and as_json:
-        answer = decoder.generate([as_prompt(prompt)], max_tokens=max_tokens, sampling=sampling, stop=stop or ())[0]
-        print_json(completion_facts(prompt, answer) | stats_facts(decoder.stats))
-    elif prompt is not None:
-        if not prompt:
-            raise DataError("the prompt is empty: it must hold at least one token")
-        stream_answer(decoder, as_prompt(prompt), max_tokens, sampling, stop or ())
+    answer_with(decoder, prompt, prompts, Ask(raw, max_tokens, sampling, tuple(stop or ())), as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """How prompts are to be answered."""
+
+    raw: bool
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+def answer_with(decoder: Decoder, prompt: str | None, prompts: Path | None, ask: Ask, as_json: bool) -> None:
+    """Answer one prompt, a file of them, or whatever is typed."""
+    as_prompt = str if ask.raw or not decoder.tokenizer.has_chat_template else as_message
+    if prompt is None and prompts is None:
+        chat(decoder, ask)
+        return
+    lines = read_lines(prompts) if prompts is not None else [prompt or ""]
+    if not as_json and prompts is None:
+        stream_answer(decoder, as_prompt(lines[0]), ask.max_tokens, ask.sampling, ask.stop)
+        return
+    done = decoder.generate(
+        [as_prompt(line) for line in lines], max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
+    )
+    facts = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
+    if not as_json:
+        show_batch(lines, done, decoder.stats)
+    elif prompts is None:
+        print_json(facts[0] | stats_facts(decoder.stats))
     else:
-        chat(decoder, max_tokens, sampling, stop or ())
+        print_json({"answers": facts} | stats_facts(decoder.stats))
 
 
 def as_message(text: str) -> Prompt:
@@ -198,7 +203,7 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def chat(decoder: Decoder, max_tokens: int, sampling: Sampling, stop: Sequence[str]) -> None:
+def chat(decoder: Decoder, ask: Ask) -> None:
     """A conversation in the terminal, until end of input."""
     if not decoder.tokenizer.has_chat_template:
         raise DataError("this model's tokenizer has no chat template: use --prompt with --raw")
@@ -212,7 +217,7 @@ def chat(decoder: Decoder, max_tokens: int, sampling: Sampling, stop: Sequence[s
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        answer = stream_answer(decoder, messages, max_tokens, sampling, stop)
+        answer = stream_answer(decoder, messages, ask.max_tokens, ask.sampling, ask.stop)
         messages.append({"role": "assistant", "content": answer})
 
 

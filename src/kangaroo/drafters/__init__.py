@@ -36,7 +36,9 @@ def _none(target: Target, weights: Path | None, settings: Settings) -> MakeDraft
 
 
 def _kangaroo(target: Target, weights: Path | None, settings: Settings) -> MakeDrafter:
-    adapter, config = _load(target, weights), _configure(ChainConfig, settings)
+    adapter = _load(target, weights)
+    evaluated = {"max_draft": adapter.config.max_draft, "threshold": adapter.config.threshold}
+    config = _configure(ChainConfig, evaluated | dict(settings))
     return lambda: Kangaroo(target, adapter, adapter.config.exit_layer, config)
 
 

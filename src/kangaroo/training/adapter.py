@@ -37,7 +37,13 @@ def train_adapter(recipe: AdapterRecipe, paths: Sequence[Path], report: Report, 
             f"sequences of {recipe.schedule.longest} tokens exceed the target's context of {target.context} "
             "(schedule.sequence_length)"
         )
-    adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
+    config = AdapterConfig(
+        exit_layer=recipe.adapter.exit_layer,
+        variant=recipe.adapter.variant,
+        max_draft=recipe.evaluation.max_draft,
+        threshold=recipe.evaluation.threshold,
+    )
+    adapter = Adapter(target, config)
     adapter.initialise(recipe.seed, from_target=recipe.adapter.init == "target")
     progress = find_progress(recipe, {"data": data, "target": target.fingerprint}, resume=resume)
     training, held_out = choose_documents(paths, recipe.data, recipe.seed)
