@@ -67,8 +67,8 @@ def figures(result: Comparison) -> dict[str, Any]:
         "baseline_tokens_per_second": round(result.baseline_speed, 1),
         "without_repetitions": {
             "prompts": len(varied.pairs),
-            "speedup": round(varied.speedup, 3),
-            "cr": round(varied.compression_rate, 3),
+            "speedup": round(varied.speedup, 3) if varied.pairs else None,
+            "cr": round(varied.compression_rate, 3) if varied.pairs else None,
         },
     }
 
