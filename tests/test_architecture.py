@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "files",
     "memory",
+    "fingerprint",
     "demo",
     "tree",
     "cache",

@@ -122,3 +122,16 @@ def test_the_drop_in_samples_reproducibly_and_refuses_what_it_cannot_honour(fold
     assert torch.equal(first, second)
     with pytest.raises(ConfigError, match="NoRepeatNGram"):
         model.generate(**inputs, max_new_tokens=4, no_repeat_ngram_size=2, custom_generate=drop_in)
+
+
+def test_a_target_spread_over_devices_writes_the_same_text(folder: Path, tmp_path: Path) -> None:
+    places = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    spread = AutoModelForCausalLM.from_pretrained(
+        folder / "target", device_map=places, offload_folder=tmp_path, dtype=torch.float64
+    )
+    decoder = kangaroo.load(spread, adapter=folder / "adapter", threshold=0.05)
+    assert decoder.target.hides_weights
+    got = decoder.generate(PROMPTS, max_tokens=20)
+    assert decoder.stats.accepted > 0
+    assert [c.tokens for c in got] == [c.tokens for c in load(folder, "none").generate(PROMPTS, max_tokens=20)]

@@ -21,6 +21,7 @@ from torch.nn import functional
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import AdapterError, ConfigError
 from kangaroo.files import write_atomically
+from kangaroo.fingerprint import same_model
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.tree import Placement
 
@@ -141,7 +142,7 @@ class Adapter(nn.Module):
         for name, wanted in (("width", target.width), ("vocab_size", target.vocab_size)):
             if table[name] != wanted:
                 raise AdapterError(f"the adapter in {folder} has {name} {table[name]}, but the target has {wanted}")
-        if not _same_target(table["target_fingerprint"], target):
+        if not same_model(table["target_fingerprint"], target.fingerprint, weights_hidden=target.hides_weights):
             raise AdapterError(
                 f"the adapter in {folder} was trained for another target (fingerprint {table['target_fingerprint']}, "
                 f"this target has {target.fingerprint}); train one for this target with `kangaroo train`"
@@ -209,9 +210,3 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         if not torch.isfinite(value).all():
             raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
     return tensors
-
-
-def _same_target(fingerprint: str, target: Target) -> bool:
-    wanted, got = fingerprint.split("-"), target.fingerprint.split("-")
-    # Quantised matrices have other bits; the parts that stay unquantised still have to agree.
-    return wanted[:2] == got[:2] if target.is_quantised else wanted == got

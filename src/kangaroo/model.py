@@ -6,9 +6,7 @@ than this is refused instead of decoded wrongly.
 """
 
 import copy
-import hashlib
 import inspect
-import json
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
+from kangaroo.fingerprint import fingerprint
 from kangaroo.memory import available_bytes, human_bytes
 from kangaroo.tree import Placement, place_chain, sequence
 
@@ -117,8 +116,8 @@ class Target:
         for index in range(start, stop):
             x = self.layers[index](x, past_key_values=past, use_cache=past is not None, **inputs[self._kinds[index]])
             if index + 1 in taps:
-                features[index + 1] = x
-        return x, features
+                features[index + 1] = x.to(self.device)
+        return x.to(self.device), features
 
     def prepare(self, where: Placement) -> Placement:
         """The same placement with masks and rotary embeddings made, for callers that run it slice by slice."""
@@ -129,11 +128,11 @@ class Target:
 
     def norm(self, x: Tensor) -> Tensor:
         """The final norm."""
-        return self._norm(x)  # type: ignore[no-any-return]
+        return self._norm(x).to(self.device)  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
         """The head alone, its scaling and soft-cap included: normed states [B, N, D] -> [B, N, V]."""
-        return self.scale_logits(self._head(x))
+        return self.scale_logits(self._head(x)).to(self.device)
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What the family does to the output of the head's matrix."""
@@ -204,18 +203,17 @@ class Target:
 
     @property
     def fingerprint(self) -> str:
-        """Structure, unquantised parts and weights as three short hashes; equal in whatever precision it was loaded."""
-        structure = json.dumps(
-            [self.config.model_type, self.width, self.num_layers, self.vocab_size, self._kinds, self._window]
-        )
-        base = [self._embedding.weight, *self._norm.parameters()]
-        floating = [p for p in self.model.parameters() if p.is_floating_point() and p.device.type != "meta"]
-        return "-".join([hashlib.sha256(structure.encode()).hexdigest()[:12], _digest(base), _digest(floating)])
+        """What tells this target from others; equal in whatever precision it was loaded."""
+        config = self.config
+        structure = [config.model_type, self.width, self.num_layers, self.vocab_size, self._kinds, self._window]
+        plain = [self._embedding.weight, *self._norm.parameters()]
+        return fingerprint(structure, plain, self.model.parameters())
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether the weights were quantised at loading."""
-        return getattr(self.config, "quantization_config", None) is not None
+    def hides_weights(self) -> bool:
+        """Whether some weights cannot be read as they were trained: quantised, or offloaded to disk."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        return quantised or any(parameter.device.type == "meta" for parameter in self.model.parameters())
 
     def _layer_inputs(self, kind: str, where: Placement, x: Tensor) -> dict[str, Any]:
         key = (kind, x.dtype)
@@ -383,12 +381,3 @@ def check_exit_layer(exit_layer: int, target: Target) -> None:
             f"exit layer must be in 0..{target.num_layers - 1} for a target of {target.num_layers} layers, "
             f"got {exit_layer}"
         )
-
-
-def _digest(parameters: Sequence[Tensor]) -> str:
-    hasher = hashlib.sha256()
-    for parameter in parameters:
-        flat = parameter.detach().flatten()
-        sample = torch.cat([flat[:512], flat[-512:]]).to("cpu", torch.bfloat16)
-        hasher.update(sample.view(torch.int16).numpy().tobytes())
-    return hasher.hexdigest()[:12]

@@ -110,7 +110,7 @@ def show_comparison(facts: dict[str, Any]) -> None:
     verdict = "identical, every token"
     if facts["differing"]:
         verdict = f"{facts['differing']} differ, {facts['ties']} of them by a tie in rounding; see `kangaroo check`"
-    setting = f"{facts['dtype']}, {facts['threads']} threads, temperature {facts['temperature']:g}"
+    setting = f"{facts['dtype']}, threads: {facts['threads']}, temperature {facts['temperature']:g}"
     out.print(f"{facts['prompts']} held-out prompts, {facts['tokens']} tokens, {setting}")
     out.print(f"  plain decoding  {facts['baseline_tokens_per_second']:7.1f} tokens/s")
     out.print(f"  Kangaroo        {facts['tokens_per_second']:7.1f} tokens/s, {facts['cr']:.2f} tokens per round")

@@ -132,7 +132,9 @@ def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[li
     for number, document in enumerate(documents):
         draw = np.random.default_rng((seed, number)).random()
         if document.messages is None:
-            ids = tokenizer((tokenizer.bos_token or "") + document.text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer((tokenizer.bos_token or "") + document.text, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
             chosen.append(list(ids[: max(1, int(len(ids) * (1 + draw) / 4))]))
             continue
         if not tokenizer.chat_template:
@@ -140,5 +142,5 @@ def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[li
         turns = answers(document.messages)
         end = turns[int(draw * len(turns))] if turns else len(document.messages)
         text = _apply(document, tokenizer, document.messages[:end], prompt=True)
-        chosen.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        chosen.append(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
     return chosen
