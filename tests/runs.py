@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kangaroo.decode import decode, start
-from kangaroo.drafters import ChainConfig, Drafter, Kangaroo, KangarooTree, NoDrafter, TreeConfig
+from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State

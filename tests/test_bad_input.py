@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 import kangaroo.model
 from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.decode import start
-from kangaroo.drafters import ChainConfig, Kangaroo, KangarooTree, NoDrafter, TreeConfig
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import AdapterError, CapacityError, ConfigError, DataError, KangarooError, ModelError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling

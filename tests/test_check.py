@@ -11,7 +11,7 @@ from kangaroo.bench.compare import compare, without_end
 from kangaroo.bench.cost import Costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
-from kangaroo.drafters import NoDrafter
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.sampling import Sampling
 from kangaroo.state import State
 from kangaroo.tree import Draft

@@ -30,7 +30,16 @@ def test_generate_streams_plain_text_when_not_on_a_terminal(
     model = str(folder / "target")
     assert (
         run(
-            monkeypatch, "generate", "--model", model, "--drafter", "early-exit", "--exit-layer", "1", "--prompt", "eat"
+            monkeypatch,
+            "generate",
+            "--model",
+            model,
+            "--drafter",
+            "early-exit",
+            "--set",
+            "exit_layer=1",
+            "--prompt",
+            "eat",
         )
         == 0
     )
@@ -55,8 +64,8 @@ def test_a_file_of_prompts_is_answered_as_a_batch(
 def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--exit-layer", "1", "--json")
-    options = (*options, "--threshold", "0.02", "--temperature", "0", "--batch", "4")
+    options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--set", "exit_layer=1", "--json")
+    options = (*options, "--set", "threshold=0.02", "--temperature", "0", "--batch", "4")
     assert run(monkeypatch, *options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["lossless"]
@@ -85,7 +94,7 @@ def test_info_says_what_drafting_costs(
         (["generate", "--prompt", "x", "--model", "/nothing/here"], "cannot load"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be"),
         (["generate", "--prompt", "x", "--temperature", "nan"], "temperature must be"),
-        (["generate", "--prompt", "x", "--drafter", "early-exit", "--exit-layer", "99"], "exit layer must be"),
+        (["generate", "--prompt", "x", "--drafter", "early-exit", "--set", "exit_layer=99"], "exit layer must be"),
         (["generate", "--prompt", "", "--drafter", "none"], "empty"),
         (["generate", "--prompt", "x", "--drafter", "none", "--max-tokens", "0"], "max_tokens must be"),
         (["generate", "--prompts", "/nothing/here", "--drafter", "none"], "no prompt file"),

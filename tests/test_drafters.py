@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from kangaroo.decode import decode, prefill, start, step
-from kangaroo.drafters import ChainConfig, Drafter, Kangaroo, KangarooTree, NoDrafter, TreeConfig
-from kangaroo.drafters.kangaroo import top_probability
+from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo, top_probability
+from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, Request, State

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kangaroo.adapter import Adapter
-from kangaroo.drafters import ChainConfig, Kangaroo, KangarooTree, TreeConfig
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
 from kangaroo.errors import ModelError
 from kangaroo.model import FAMILIES, Target
 from kangaroo.tree import place, place_chain, sequence

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from kangaroo.decode import generate_ids, prefill, start, step
-from kangaroo.drafters import ChainConfig, Drafter, Kangaroo, NoDrafter
+from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request

@@ -17,7 +17,10 @@ import kangaroo.accept
 import kangaroo.drafters.kangaroo as chain_drafter
 from kangaroo.accept import clip, reject
 from kangaroo.cache import KVCache
-from kangaroo.drafters import ChainConfig, Drafter, Kangaroo, KangarooTree, NoDrafter, TreeConfig
+from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.sampling import Prefix, Sampler, Sampling, Stream, gumbel

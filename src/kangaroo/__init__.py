@@ -3,7 +3,8 @@
 from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.decode import Round, decode, start
 from kangaroo.decoder import Completion, Decoder, Piece, Stats, load
-from kangaroo.drafters import DRAFTERS, Drafter
+from kangaroo.drafters import DRAFTERS
+from kangaroo.drafters.base import Drafter
 from kangaroo.errors import KangarooError
 from kangaroo.hf import custom_generate
 from kangaroo.model import Target

@@ -1,7 +1,7 @@
 """Strings in, pieces of text out: a target, a drafter and a tokenizer in one object."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kangaroo import demo
 from kangaroo.decode import Round, decode, start
-from kangaroo.drafters import DRAFTERS, MakeDrafter, NoDrafter
-from kangaroo.errors import ConfigError, ModelError
+from kangaroo.drafters import MakeDrafter, find_drafter
+from kangaroo.drafters.none import NoDrafter
+from kangaroo.errors import ModelError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
@@ -90,13 +91,30 @@ class Decoder:
     `stats` describes the latest call; while a stream is being read, the call so far.
     """
 
-    def __init__(self, target: Target, make_drafter: MakeDrafter, tokenizer: Tokenizer, eos: Sequence[int]):
+    def __init__(
+        self,
+        target: Target,
+        make_drafter: MakeDrafter,
+        tokenizer: Tokenizer,
+        eos: Sequence[int],
+        files: Mapping[str, Path] | None = None,
+    ):
+        """`files` are those that came with the model: for drafters whose settings do not name their own."""
         self.target, self.make_drafter, self.tokenizer, self.eos = target, make_drafter, tokenizer, tuple(eos)
+        self.files = dict(files or {})
         self.stats = Stats()
+
+    def with_drafter(self, name: str, **settings: Any) -> "Decoder":
+        """The same target with another drafter. Raises ConfigError, AdapterError or DataError."""
+        entry = find_drafter(name)
+        own = {entry.files: self.files[entry.files]} if entry.files in self.files else {}
+        given = {key: value for key, value in settings.items() if value is not None}
+        make_drafter = entry.build(self.target, self.tokenizer.wrapped, own | given)
+        return Decoder(self.target, make_drafter, self.tokenizer, self.eos, self.files)
 
     def plain(self) -> "Decoder":
         """The same target without drafting: the baseline, on the same weights and kernels."""
-        return Decoder(self.target, NoDrafter, self.tokenizer, self.eos)
+        return self.with_drafter("none")
 
     def stream(
         self,
@@ -195,28 +213,27 @@ def load(
     model: str | Path | PreTrainedModel,
     *,
     drafter: str = "kangaroo",
-    adapter: str | Path | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> Decoder:
     """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
 
-    `adapter` is a folder written by `kangaroo train`; the demo model brings its own. `settings` are the drafter's, such
-    as max_draft, threshold or exit_layer. `dtype` defaults to the checkpoint's on a GPU and to what the CPU runs
-    fastest otherwise. For device maps or quantisation, load the model with transformers and pass it in.
+    `settings` are the drafter's: where its files lie (adapter, heads, draft_model, datastore) and how it drafts
+    (max_draft, threshold, exit_layer, ...); the demo model brings the files. `dtype` defaults to the checkpoint's on a
+    GPU and to what the CPU runs fastest otherwise. For device maps or quantisation, load the model with transformers
+    and pass it in.
 
-    Raises ConfigError, ModelError or AdapterError.
+    Raises ConfigError, ModelError, AdapterError or DataError.
     """
-    if drafter not in DRAFTERS:
-        raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, got {drafter!r}")
+    find_drafter(drafter)  # a wrong name should not wait for the model to load
+    files: Mapping[str, Path] = {}
     if str(model) == "demo":
-        model, adapter = demo.TARGET, adapter or demo.ADAPTER
+        model, files = demo.TARGET, demo.FILES
     loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
-    tokenizer = tokenizer or load_tokenizer(loaded.config._name_or_path)
-    target = Target(loaded)
-    make_drafter = DRAFTERS[drafter](target, None if adapter is None else Path(adapter), settings)
-    return Decoder(target, make_drafter, Tokenizer(tokenizer), end_tokens(loaded))
+    tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
+    plain = Decoder(Target(loaded), NoDrafter, tokenizer, end_tokens(loaded), files)
+    return plain.with_drafter(drafter, **settings)
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -1,7 +1,6 @@
 """A drop-in for transformers: `model.generate(**inputs, custom_generate=kangaroo.custom_generate(adapter=...))`."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.decode import decode, start
-from kangaroo.drafters import DRAFTERS, MakeDrafter
+from kangaroo.drafters import MakeDrafter, find_drafter
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -28,16 +27,15 @@ _COVERED = {
 
 
 def custom_generate(
-    *, drafter: str = "kangaroo", adapter: str | Path | None = None, seed: int | None = None, **settings: Any
+    *, drafter: str = "kangaroo", tokenizer: Any = None, seed: int | None = None, **settings: Any
 ) -> Callable[..., Tensor]:
     """A function for `custom_generate=`, which decodes as the GenerationConfig says, token for token the same.
 
+    `settings` are the drafter's, where its files lie among them; `tokenizer` is for drafters that read text.
     Sampling draws its noise from `seed`, or from torch's global generator if None, so torch.manual_seed works.
     Processors and stopping criteria that have no equivalent here raise ConfigError.
     """
-    if drafter not in DRAFTERS:
-        raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}, got {drafter!r}")
-    weights = None if adapter is None else Path(adapter)
+    entry = find_drafter(drafter)
     prepared: WeakKeyDictionary[Any, tuple[Target, MakeDrafter]] = WeakKeyDictionary()
 
     def generate(
@@ -51,7 +49,7 @@ def custom_generate(
         _refuse_uncovered([*logits_processor, *stopping_criteria], generation_config)
         if model not in prepared:
             target = Target(model)
-            prepared[model] = target, DRAFTERS[drafter](target, weights, settings)
+            prepared[model] = target, entry.build(target, tokenizer, settings)
         target, make_drafter = prepared[model]
         mask = model_kwargs.get("attention_mask")
         kept = torch.ones_like(input_ids) if mask is None else mask

@@ -19,23 +19,23 @@ class Tokenizer:
     def __init__(self, tokenizer: Any):
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ModelError(f"{type(tokenizer).__name__} has no fast backend; save the tokenizer as tokenizer.json")
-        self._tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+        self.wrapped, self.backend = tokenizer, tokenizer.backend_tokenizer
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.wrapped.chat_template)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text as it stands, or of a conversation, rendered by the chat template up to the answer."""
         if isinstance(prompt, str):
-            return list(self._tokenizer(prompt, verbose=False)["input_ids"])
+            return list(self.wrapped(prompt, verbose=False)["input_ids"])
         if not prompt or not all({"role", "content"} <= set(message) for message in prompt):
             raise DataError(f'a conversation is a list of {{"role", "content"}} messages, got {str(prompt)[:60]!r}')
         if not self.has_chat_template:
             raise DataError("this model's tokenizer has no chat template: give the prompt as plain text")
-        rendered = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+        rendered = self.wrapped.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        return list(self.wrapped(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kangaroo.documents import Document, read_documents
 from kangaroo.errors import DataError
 from kangaroo.training.batches import Batch, Packed, Stream, visit
 from kangaroo.training.corpus import Corpus, prompts, render, tokenize
-from kangaroo.training.data import Document, choose_documents, read_documents
+from kangaroo.training.data import choose_documents
 from kangaroo.training.imitation import learnt_positions, place_documents
 from kangaroo.training.recipe import DataSection
 

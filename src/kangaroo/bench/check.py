@@ -9,7 +9,8 @@ import torch
 
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
-from kangaroo.drafters import MakeDrafter, NoDrafter
+from kangaroo.drafters import MakeDrafter
+from kangaroo.drafters.none import NoDrafter
 from kangaroo.memory import available_bytes
 from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.state import Request

@@ -9,7 +9,8 @@ import torch
 
 from kangaroo.decode import PREFILL_CHUNK
 from kangaroo.decoder import Decoder, synchronise
-from kangaroo.drafters import Kangaroo, KangarooTree
+from kangaroo.drafters.kangaroo import Kangaroo
+from kangaroo.drafters.kangaroo_tree import KangarooTree
 from kangaroo.sampling import Sampler, Sampling
 from kangaroo.state import Request, State
 from kangaroo.tree import place_chain

@@ -1,4 +1,4 @@
-"""What ships with the project: a small chat target, its adapter, and the evaluation prompts."""
+"""What ships with the project: a small chat target, what drafts for it, and the evaluation prompts."""
 
 from pathlib import Path
 
@@ -6,3 +6,5 @@ _HERE = Path(__file__).parent
 TARGET = _HERE / "target"
 ADAPTER = _HERE / "adapter"
 PROMPTS = _HERE / "prompts.jsonl"
+FILES = {"adapter": ADAPTER}
+"""What each kind of drafter needs, by the name of its setting."""

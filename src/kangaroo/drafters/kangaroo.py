@@ -5,13 +5,16 @@ the loop ends when every row has stopped. Differences from the authors' release:
 has left bounds its draft.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kangaroo.adapter import Adapter
-from kangaroo.drafters.self_draft import SelfDraft
+from kangaroo.drafters.self_draft import SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.sampling import Stream
@@ -110,3 +113,18 @@ def _choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tenso
 def top_probability(logits: Tensor) -> Tensor:
     """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence)."""
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
+    """Settings: adapter, and those of ChainConfig, which default to what the adapter was evaluated with."""
+    adapter = load_adapter(target, settings)
+    evaluated = {"max_draft": adapter.config.max_draft, "threshold": adapter.config.threshold}
+    config = configure(ChainConfig, evaluated | dict(settings), also=("adapter",))
+    return lambda: Kangaroo(target, adapter, adapter.config.exit_layer, config)
+
+
+def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
+    """Settings: exit_layer, and those of ChainConfig."""
+    exit_layer = choose_exit_layer(target, settings)
+    config = configure(ChainConfig, settings, also=("exit_layer",))
+    return lambda: Kangaroo(target, None, exit_layer, config)

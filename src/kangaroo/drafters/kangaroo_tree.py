@@ -5,13 +5,16 @@ product of their probabilities from the root, the best K become the next level, 
 below eta. A closed node stays in the draft, as the chain's unsure token does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kangaroo.adapter import Adapter
-from kangaroo.drafters.self_draft import SelfDraft
+from kangaroo.drafters.self_draft import SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -122,3 +125,17 @@ class KangarooTree:
         full = Stop.LENGTH if steps == self._config.max_draft else Stop.CONFIDENCE
         rows = zip(state.active.tolist(), (state.room - 1).tolist(), strict=True)
         return tuple(Stop.INACTIVE if not active else Stop.ROOM if room <= steps else full for active, room in rows)
+
+
+def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooTree]:
+    """Settings: adapter, and those of TreeConfig."""
+    adapter = load_adapter(target, settings)
+    config = configure(TreeConfig, settings, also=("adapter",))
+    return lambda: KangarooTree(target, adapter, adapter.config.exit_layer, config)
+
+
+def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooTree]:
+    """Settings: exit_layer, and those of TreeConfig."""
+    exit_layer = choose_exit_layer(target, settings)
+    config = configure(TreeConfig, settings, also=("exit_layer",))
+    return lambda: KangarooTree(target, None, exit_layer, config)

@@ -1,8 +1,13 @@
 """Autoregressive decoding through the same loop: the denominator of every speed-up."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from kangaroo.cache import LayerShape
+from kangaroo.drafters.settings import Settings, refuse_unknown
+from kangaroo.model import Target
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Stop, chain
 
@@ -27,3 +32,9 @@ class NoDrafter:
             depth=0,
             stops=(Stop.NOTHING,) * state.batch,
         )
+
+
+def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], NoDrafter]:
+    """It has no settings."""
+    refuse_unknown(settings, ())
+    return NoDrafter

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kangaroo.adapter import Adapter
 from kangaroo.cache import LayerShape
+from kangaroo.drafters.settings import Settings, need_path
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.state import Committed, State
 from kangaroo.tree import Placement, pick, place_at
@@ -69,3 +70,16 @@ class SelfDraft:
         positions = positions.clone()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
         self._unseen = states, positions
+
+
+def load_adapter(target: Target, settings: Settings) -> Adapter:
+    """The adapter that the settings name. Raises ConfigError or AdapterError."""
+    advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
+    return Adapter.load(need_path(settings, "adapter", advice), target)
+
+
+def choose_exit_layer(target: Target, settings: Settings) -> int:
+    """The setting exit_layer, or an eighth of the layers. Raises ConfigError."""
+    exit_layer = int(settings.get("exit_layer", max(1, target.num_layers // 8)))
+    check_exit_layer(exit_layer, target)
+    return exit_layer

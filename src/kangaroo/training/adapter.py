@@ -10,6 +10,7 @@ import torch
 from kangaroo import demo
 from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.decoder import end_tokens, load_model, load_tokenizer
+from kangaroo.documents import Document
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -17,7 +18,7 @@ from kangaroo.state import Request
 from kangaroo.training.answers import Writer
 from kangaroo.training.batches import Packed
 from kangaroo.training.corpus import Corpus, prompts, tokenize
-from kangaroo.training.data import Document, choose_documents, hash_files
+from kangaroo.training.data import choose_documents, hash_files
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.imitation import Imitation
 from kangaroo.training.loop import Trainer

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from kangaroo.documents import Document, Messages
 from kangaroo.errors import DataError
-from kangaroo.training.data import Document, Messages
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Marks = np.ndarray[Any, np.dtype[np.bool_]]

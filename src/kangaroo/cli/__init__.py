@@ -1,0 +1,34 @@
+"""The command line: one file per verb, each a thin use of the library. The only place that prints."""
+
+import sys
+
+import typer
+from transformers.utils.logging import disable_progress_bar
+
+from kangaroo.cli.check import check
+from kangaroo.cli.demo import demo
+from kangaroo.cli.generate import generate
+from kangaroo.cli.info import info
+from kangaroo.cli.train import train
+from kangaroo.errors import KangarooError
+from kangaroo.terminal import notes, print_error
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Faster text, the same tokens."
+)
+for verb in (demo, generate, train, check, info):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Entry point: user errors are one line on stderr and exit code 2."""
+    disable_progress_bar()
+    try:
+        app()
+    except KangarooError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            notes.print(str(interruption))
+        sys.exit(130)

@@ -1,0 +1,53 @@
+"""`kangaroo demo`: the demo model with Kangaroo and without."""
+
+from typing import Annotated
+
+import typer
+
+from kangaroo.bench.check import Difference, find_difference
+from kangaroo.bench.compare import Pair, compare, without_end
+from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.cli.options import Json, MaxTokens, ModelOptions, Threads
+from kangaroo.decoder import Decoder
+from kangaroo.sampling import Sampling
+from kangaroo.terminal import comparison_facts, print_json, progress, show_comparison, stream_answer
+
+
+def demo(
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to answer.")] = 18,
+    max_tokens: MaxTokens = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    threads: Threads = 1,  # for so small a model a second thread costs more than it brings
+    as_json: Json = False,
+) -> None:
+    """Answer held-out prompts with the demo model, with Kangaroo and without, and compare texts and speed."""
+    decoder = ModelOptions(threads=threads).open("kangaroo")
+    chosen = interleave_kinds(read_prompts(split="held-out"))[:prompts]
+    sampling = Sampling(temperature=temperature, seed=1)
+    if not as_json:
+        stream_answer(decoder, chosen[0].messages, max_tokens, sampling)
+    # Ends are barred so that every answer has exactly max_tokens: short answers would measure prefill.
+    measured = without_end(sampling, decoder.eos)
+    with progress("with Kangaroo and without, in turn", len(chosen), hidden=as_json) as advance:
+        result = compare(
+            decoder.plain(),
+            decoder,
+            [p.messages for p in chosen],
+            max_tokens=max_tokens,
+            sampling=measured,
+            report=lambda _: advance(),
+        )
+    ties = sum(examine(decoder, pair, measured).is_tie for pair in result.differing)
+    facts = comparison_facts(result, decoder, measured) | {"ties": ties}
+    if as_json:
+        print_json(facts)
+    else:
+        show_comparison(facts)
+    if ties < len(result.differing):
+        raise typer.Exit(1)
+
+
+def examine(decoder: Decoder, pair: Pair, sampling: Sampling) -> Difference:
+    """How close the call was where a pair's answers part."""
+    expected, got = pair.baseline.completion.tokens, pair.method.completion.tokens
+    return find_difference(decoder, decoder.tokenizer.encode(pair.prompt), expected, got, sampling)

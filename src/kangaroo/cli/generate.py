@@ -1,0 +1,116 @@
+"""`kangaroo generate`: one prompt, a file of them, or a chat."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kangaroo.cli.options import Drafter, Json, MaxTokens, ModelOptions, with_model_options
+from kangaroo.decoder import Decoder
+from kangaroo.errors import DataError
+from kangaroo.sampling import Sampling
+from kangaroo.terminal import completion_facts, notes, print_json, show_batch, stats_facts, stream_answer
+from kangaroo.text import Prompt
+
+
+@with_model_options
+def generate(
+    options: ModelOptions,
+    drafter: Drafter = "kangaroo",
+    prompt: Annotated[str | None, typer.Option(help="One prompt; without it and --prompts, a chat starts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, one per line, answered as a batch.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k best tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Keep the best tokens up to this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this probable relative to the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    presence_penalty: Annotated[float, typer.Option()] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option()] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate text: one prompt, a file of prompts as a batch, or an interactive chat."""
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+    decoder = options.open(drafter)
+    answer_with(decoder, prompt, prompts, Ask(raw, max_tokens, sampling, tuple(stop or ())), as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """How prompts are to be answered."""
+
+    raw: bool
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+def answer_with(decoder: Decoder, prompt: str | None, prompts: Path | None, ask: Ask, as_json: bool) -> None:
+    """Answer one prompt, a file of them, or whatever is typed."""
+    as_prompt = str if ask.raw or not decoder.tokenizer.has_chat_template else as_message
+    if prompt is None and prompts is None:
+        chat(decoder, ask)
+        return
+    lines = read_lines(prompts) if prompts is not None else [prompt or ""]
+    if not as_json and prompts is None:
+        stream_answer(decoder, as_prompt(lines[0]), ask.max_tokens, ask.sampling, ask.stop)
+        return
+    done = decoder.generate(
+        [as_prompt(line) for line in lines], max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
+    )
+    facts = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
+    if not as_json:
+        show_batch(lines, done, decoder.stats)
+    elif prompts is None:
+        print_json(facts[0] | stats_facts(decoder.stats))
+    else:
+        print_json({"answers": facts} | stats_facts(decoder.stats))
+
+
+def as_message(text: str) -> Prompt:
+    """A text as the only message of a conversation."""
+    if not text:
+        raise DataError("the prompt is empty: it must hold at least one token")
+    return [{"role": "user", "content": text}]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a file."""
+    if not path.is_file():
+        raise DataError(f"no prompt file at {path}")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{path} holds no prompts")
+    return lines
+
+
+def chat(decoder: Decoder, ask: Ask) -> None:
+    """A conversation in the terminal, until end of input."""
+    if not decoder.tokenizer.has_chat_template:
+        raise DataError("this model's tokenizer has no chat template: use --prompt with --raw")
+    messages: list[dict[str, str]] = []
+    notes.print("Chat; an empty line or Ctrl-D ends it.", style="dim")
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        messages.append({"role": "user", "content": said})
+        answer = stream_answer(decoder, messages, ask.max_tokens, ask.sampling, ask.stop)
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,96 @@
+"""Options that verbs share, and the Decoder they describe."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+
+from kangaroo.decoder import Decoder, load
+from kangaroo.drafters import DRAFTERS
+from kangaroo.errors import ConfigError
+
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+MaxTokens = Annotated[int, typer.Option(help="New tokens at most.")]
+Drafter = Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.")]
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, what drafts for it, and how it is run."""
+
+    model: Annotated[str, typer.Option(help="'demo', a local folder, or a hub name.")] = "demo"
+    adapter: Annotated[Path | None, typer.Option(help="kangaroo: folder written by `kangaroo train`.")] = None
+    heads: Annotated[Path | None, typer.Option(help="medusa: folder written by `kangaroo train`.")] = None
+    draft_model: Annotated[str | None, typer.Option(help="draft-model: a folder or hub name.")] = None
+    datastore: Annotated[Path | None, typer.Option(help="rest: file written by `kangaroo datastore build`.")] = None
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A drafter's setting; may be repeated.")
+    ] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None
+    threads: Threads = None
+
+    def open(self, drafter: str) -> Decoder:
+        """The Decoder; settings that are not given keep the drafter's defaults."""
+        set_threads(self.threads)
+        if self.dtype is not None and self.dtype not in KINDS:
+            raise ConfigError(f"--dtype must be one of {', '.join(KINDS)}, got {self.dtype!r}")
+        dtype = KINDS[self.dtype] if self.dtype else None
+        return load(self.model, drafter=drafter, dtype=dtype, **self.files, **self.parsed_settings)
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """What was given for drafters to load, by the names of their settings."""
+        given = {"adapter": self.adapter, "heads": self.heads, "draft_model": self.draft_model}
+        given["datastore"] = self.datastore
+        return {name: path for name, path in given.items() if path is not None}
+
+    @property
+    def parsed_settings(self) -> dict[str, Any]:
+        """The NAME=VALUE pairs, numbers as numbers."""
+        pairs = [text.partition("=") for text in self.settings or ()]
+        for name, equals, value in pairs:
+            if not name or not equals or not value:
+                raise ConfigError(f"--set takes NAME=VALUE, got {name + equals + value!r}")
+        return {name: _value(text) for name, _, text in pairs}
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; None leaves it to torch."""
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+def with_model_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Spread the ModelOptions that a verb takes as its first argument out into command-line options."""
+    own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
+    hints, keyword = get_type_hints(ModelOptions, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    shared = [
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(ModelOptions)
+    ]
+    parameters = [*(p.replace(kind=keyword) for p in own), *shared]
+
+    def spread(**options: Any) -> None:
+        chosen = {field.name: options.pop(field.name) for field in fields(ModelOptions)}
+        verb(ModelOptions(**chosen), **options)
+
+    spread.__name__, spread.__doc__ = verb.__name__, verb.__doc__
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spread

@@ -1,0 +1,28 @@
+"""`kangaroo train`: what a recipe describes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kangaroo.cli.options import Threads, set_threads
+from kangaroo.terminal import out, training_progress
+from kangaroo.training.run import train as train_recipe
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo-adapter.toml.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Chat JSONL(.gz), Parquet or text; may be repeated.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Train what a recipe describes: an adapter for a target, or a target from scratch."""
+    set_threads(threads)
+    overrides: dict[str, Any] = {} if output is None else {"output": str(output)}
+    if max_steps is not None:
+        overrides["schedule.steps"] = max_steps
+    with training_progress() as report:
+        folder = train_recipe(recipe, data, overrides=overrides, resume=resume, report=report)
+    out.print(f"best weights: {folder}")

@@ -1,0 +1,38 @@
+"""From the settings a user gives to a drafter's configuration."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kangaroo.errors import ConfigError
+
+Settings = Mapping[str, Any]
+Config = TypeVar("Config")
+
+
+def configure(kind: type[Config], settings: Settings, *, also: tuple[str, ...] = ()) -> Config:
+    """A config dataclass from the settings it has fields for; those in `also` are read elsewhere.
+
+    Raises ConfigError for any other name.
+    """
+    own = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    refuse_unknown(settings, (*own, *also))
+    return kind(**{name: value for name, value in settings.items() if name in own})
+
+
+def refuse_unknown(settings: Settings, known: tuple[str, ...]) -> None:
+    """Raise ConfigError for a setting that a drafter does not have."""
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'no settings'}"
+            raise ConfigError(f"this drafter has no setting {name!r}; {hint}")
+
+
+def need_path(settings: Settings, name: str, advice: str) -> Path:
+    """The path that a drafter cannot do without. Raises ConfigError with the advice."""
+    if settings.get(name) is None:
+        raise ConfigError(f"this drafter needs {name}: {advice}")
+    return Path(settings[name])
