@@ -1,0 +1,106 @@
+"""What a benchmark measured: one record per question, method and repeat; everything published is computed from these."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kangaroo.errors import DataError
+
+RECORDS = "records.jsonl"
+BASELINE = "none"
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Difference(_Row):
+    """Where an answer first departs from the baseline's."""
+
+    position: int
+    """Place in the turn's tokens, from 0."""
+    gap: float
+    """Between the two best scores there; a tie in rounding is a small one."""
+    tie: bool
+    """Whether rounding explains it."""
+
+
+class Turn(_Row):
+    """One answer. Times are in seconds, of a device that was waited for."""
+
+    prompt_tokens: int
+    dropped_tokens: int
+    """Prompt tokens left out from the middle because the context would not hold them; not part of prompt_tokens."""
+    tokens: list[int]
+    """Every emitted token id, an end-of-sequence token included."""
+    finish_reason: str
+    """"stop" or "length"."""
+    prefill: float
+    draft: float
+    """Drafting, and what the drafter does with committed tokens."""
+    verify: float
+    """The target's pass over the drafts."""
+    rest: float
+    """Everything else in the rounds: acceptance, bookkeeping, detokenisation is not among it."""
+    emitted: list[int]
+    """Tokens emitted by each round, the target's own one included; sums to len(tokens)."""
+    drafted: list[int]
+    """Tokens drafted in each round."""
+    stops: list[str]
+    """Why drafting stopped in each round (tree.Stop values)."""
+    peak_bytes: int | None = None
+    """Most device memory allocated during the turn; None where the device does not tell."""
+    difference: Difference | None = None
+    """From the baseline's answer of the same repeat; None if identical, or if this is the baseline."""
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and decoding."""
+        return self.prefill + self.draft + self.verify + self.rest
+
+
+class Record(_Row):
+    """One method's answer to one question."""
+
+    question: int | str
+    task: str
+    """Spec-Bench's subtask, or the kind of prompt."""
+    category: str
+    method: str
+    """Its name in the recipe; BASELINE is plain decoding in the same loop."""
+    repeat: int
+    turns: list[Turn]
+
+    @property
+    def key(self) -> tuple[int | str, str, int]:
+        """What no two records of a run share."""
+        return self.question, self.method, self.repeat
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a run's folder, in the order they were made.
+
+    Raises DataError naming the line of a malformed row, and if a record occurs twice.
+    """
+    path = folder / RECORDS
+    if not path.is_file():
+        raise DataError(f"no records in {folder}: expected {RECORDS}, as written by `kangaroo bench`")
+    records = list(parse_records(path.read_text(encoding="utf-8").splitlines(), str(path)))
+    seen: set[tuple[int | str, str, int]] = set()
+    for record in records:
+        if record.key in seen:
+            raise DataError(f"{path}: question {record.question}, {record.method}, repeat {record.repeat} occurs twice")
+        seen.add(record.key)
+    return records
+
+
+def parse_records(lines: Iterable[str], name: str) -> Iterable[Record]:
+    """Records from JSON lines; `name` says in errors where they came from."""
+    for number, line in enumerate(lines, 1):
+        try:
+            yield Record.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the row"
+            raise DataError(f"{name}, line {number}: {where}: {first['msg']}") from None
