@@ -1,4 +1,4 @@
-"""What a benchmark measured: one record per question, method and repeat; everything published is computed from these."""
+"""What a benchmark measured: one record per question, method and repeat. Everything published comes from these."""
 
 from collections.abc import Iterable
 from pathlib import Path
