@@ -7,7 +7,8 @@ import torch
 
 from kangaroo.decode import decode, prefill, start, step
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo, top_probability
+from kangaroo.drafters.chain import top_probability
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.model import Target

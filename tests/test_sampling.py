@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kangaroo.accept
-import kangaroo.drafters.kangaroo as chain_drafter
+import kangaroo.drafters.chain as chain_drafter
 from kangaroo.accept import clip, reject
 from kangaroo.cache import KVCache
 from kangaroo.drafters.base import Drafter
@@ -330,12 +330,12 @@ def test_rejection_sampling_draws_from_the_models_distribution(make: Callable[[]
 
 
 def test_rejection_sampling_of_greedy_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_drafter, "_choose", greedy_choice)
+    monkeypatch.setattr(chain_drafter, "choose", greedy_choice)
     assert sample(sampled_chain(), "reject") < CHANCE
 
 
 def test_greedy_drafts_scored_with_a_softmax_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_drafter, "_choose", misreported_choice)
+    monkeypatch.setattr(chain_drafter, "choose", misreported_choice)
     assert sample(sampled_chain(), "reject") > BROKEN
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kangaroo import demo
 from kangaroo.decode import Round, decode, start
 from kangaroo.drafters import MakeDrafter, find_drafter
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.errors import ModelError
+from kangaroo.loading import end_tokens, load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
@@ -234,40 +233,3 @@ def load(
     tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
     plain = Decoder(Target(loaded), NoDrafter, tokenizer, end_tokens(loaded), files)
     return plain.with_drafter(drafter, **settings)
-
-
-def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer in a folder or of a hub name."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal LM from a folder or hub name, on the GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None and device.type == "cpu":
-        dtype = fastest_cpu_dtype()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
-    return model.to(device)
-
-
-def fastest_cpu_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, else float32 (bfloat16 is then emulated, 100 times slower)."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
-    """The token ids that end a text, as transformers' own generation reads them."""
-    value = model.generation_config.eos_token_id if model.generation_config is not None else None
-    value = model.config.eos_token_id if value is None else value
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)

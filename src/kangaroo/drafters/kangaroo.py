@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kangaroo.adapter import Adapter
+from kangaroo.drafters.chain import draft_chain
 from kangaroo.drafters.self_draft import SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
-from kangaroo.sampling import Stream
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, Stop, chain, place_chain
+from kangaroo.tree import Draft, chain, place_chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,65 +54,30 @@ class Kangaroo:
 
     def draft(self, state: State) -> Draft:
         """One token per step until every row is unsure, has no room, or has drafted `max_draft`."""
-        limit = max(0, min(self._config.max_draft, int((state.room * state.active).max()) - 1))
-        where = self.model.target.prepare(place_chain(state.lengths, limit + 1, state.longest + limit + 1))
-        going = state.active & (state.room > 1)
-        tokens, hidden, probs = [state.pending], list[Tensor](), list[Tensor]()
-        valid, confident = [torch.ones_like(state.pending, dtype=torch.bool)], torch.ones_like(going)
-        for k in range(limit + 1):
+        nodes = self.nodes
+        where = self.model.target.prepare(place_chain(state.lengths, nodes, state.longest + nodes))
+        hidden = list[Tensor]()
+
+        def step(tokens: Tensor, k: int) -> Tensor:
             here = where[k : k + 1]
-            x = self.model.states(tokens[-1], here, state)
-            hidden.append(x)
-            if k == limit or not going.any():
-                break
-            logits = self.model.logits(x, here, state)
-            token, q = _choose(logits, torch.cat(tokens, 1), state)
-            tokens.append(token)
-            probs += [] if q is None else [q]
-            valid.append(going[:, None])
-            confident = torch.where(going, top_probability(logits)[:, 0] >= self._config.threshold, confident)
-            going = going & confident & (state.room > k + 2)
-        self._steps = len(tokens) - 1
+            hidden.append(self.model.states(tokens, here, state))
+            return self.model.logits(hidden[-1], here, state)
+
+        limits = torch.full_like(state.room, self._config.max_draft)
+        drafted = draft_chain(state, limits, self._config.threshold, step)
+        self._steps = drafted.steps
+        # The last token's shallow pass drafts nothing, but is the first part of verifying it.
+        last = self.model.states(drafted.tokens[:, -1:], where[self._steps : self._steps + 1], state)
         return Draft(
-            tokens=torch.cat(tokens, 1),
-            parents=chain(state.batch, len(tokens), state.tokens.device),
-            valid=torch.cat(valid, 1),
+            tokens=drafted.tokens,
+            parents=chain(state.batch, self._steps + 1, state.tokens.device),
+            valid=drafted.valid,
             depth=self._steps,
-            stops=self._reasons(state, confident, torch.cat(valid, 1)),
-            hidden=torch.cat(hidden, 1),
+            stops=drafted.stops,
+            hidden=torch.cat([*hidden, last], 1),
             layers_done=self.model.exit_layer,
-            # The pending token was not drawn here; its place holds zeros that nobody reads.
-            probs=torch.cat([torch.zeros_like(probs[0]), *probs], 1) if probs else None,
+            probs=drafted.probs,
         )
-
-    def _reasons(self, state: State, confident: Tensor, valid: Tensor) -> tuple[Stop, ...]:
-        drafted = (valid.sum(1) - 1).tolist()
-        rows = zip(state.active.tolist(), confident.tolist(), (state.room - 1).tolist(), drafted, strict=True)
-        return tuple(_reason(*row, self._config.max_draft) for row in rows)
-
-
-def _reason(active: bool, confident: bool, room: int, drafted: int, limit: int) -> Stop:
-    if not active:
-        return Stop.INACTIVE
-    if not confident:
-        return Stop.CONFIDENCE
-    return Stop.LENGTH if drafted == limit < room else Stop.ROOM
-
-
-def _choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
-    """(drafted token [B, 1], the distribution [B, 1, V] it was drawn from if by `reject`) from logits [B, 1, V]."""
-    nodes = tokens.shape[1]
-    prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
-    if state.rule == "match":
-        # With the target's own noise: where q is close to p, the two draws are the same token.
-        return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), None
-    counters = state.round_counters(nodes)[:, -1:]
-    return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence)."""
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:

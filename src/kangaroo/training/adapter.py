@@ -9,9 +9,9 @@ import torch
 
 from kangaroo import demo
 from kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.decoder import end_tokens, load_model, load_tokenizer
 from kangaroo.documents import Document
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.loading import end_tokens, load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
