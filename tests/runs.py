@@ -5,13 +5,17 @@ from dataclasses import dataclass, field
 
 from kangaroo.decode import decode, start
 from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.draft_model import DraftModel, DraftModelConfig
 from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo_lookup import KangarooLookup, KangarooLookupConfig
 from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.llma import LLMA, LLMAConfig
 from kangaroo.drafters.none import NoDrafter
+from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
-from tiny import EXIT, make_adapter
+from tiny import EXIT, make_adapter, make_draft_model
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2], [1, 1, 2, 3, 5, 8, 13, 21, 34, 5, 8, 13, 21])
 
@@ -22,7 +26,18 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "kangaroo-tree": lambda t: KangarooTree(t, make_adapter(t), EXIT, TreeConfig(top_k=3, max_draft=3, threshold=0.05)),
     "early-exit": lambda t: Kangaroo(t, None, EXIT, ChainConfig(max_draft=4, threshold=0.2)),
     "early-exit-tree": lambda t: KangarooTree(t, None, EXIT, TreeConfig(top_k=2, max_draft=4, threshold=0.02)),
+    "kangaroo+lookup": lambda t: KangarooLookup(
+        t, make_adapter(t), EXIT, KangarooLookupConfig(max_draft=4, threshold=0.35, max_copy=5)
+    ),
+    "draft-model": lambda t: DraftModel(
+        make_draft_model(t), t.vocab_size, DraftModelConfig(first_draft=2, max_draft=5, threshold=0.1)
+    ),
+    "prompt-lookup": lambda t: PromptLookup(LookupConfig(max_draft=4)),
+    "llma": lambda t: LLMA(LLMAConfig(max_draft=6), None),
 }
+
+COPYING = {"prompt-lookup", "llma"}
+"""Those that draft only where text repeats itself, which random models seldom do of their own accord."""
 
 
 @dataclass

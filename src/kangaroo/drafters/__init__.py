@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kangaroo.drafters import kangaroo, kangaroo_tree, none
+from kangaroo.drafters import draft_model, kangaroo, kangaroo_lookup, kangaroo_tree, llma, none, prompt_lookup
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.settings import Settings
 from kangaroo.errors import ConfigError
@@ -25,8 +25,12 @@ DRAFTERS: dict[str, Entry] = {
     "none": Entry(none.build),
     "kangaroo": Entry(kangaroo.build, "adapter"),
     "kangaroo-tree": Entry(kangaroo_tree.build, "adapter"),
+    "kangaroo+lookup": Entry(kangaroo_lookup.build, "adapter"),
     "early-exit": Entry(kangaroo.build_early_exit),
     "early-exit-tree": Entry(kangaroo_tree.build_early_exit),
+    "draft-model": Entry(draft_model.build, "draft_model"),
+    "prompt-lookup": Entry(prompt_lookup.build),
+    "llma": Entry(llma.build),
 }
 
 

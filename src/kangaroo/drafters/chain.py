@@ -20,7 +20,7 @@ class Chain:
     valid: Tensor
     """[B, K + 1] bool."""
     probs: Tensor | None
-    """[B, K + 1, V] what the tokens were drawn from, under `reject`; the pending token's are zeros that nobody reads."""
+    """[B, K + 1, V] what the tokens were drawn from, under `reject`; the pending token's zeros are read by nobody."""
     stops: tuple[Stop, ...]
 
     @property

@@ -27,6 +27,14 @@ class SelfDraft:
         self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers
         self._unseen: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def weight_share(self) -> float:
+        """Weights that one draft step reads, as a share of those a plain step reads."""
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in self.target.layers]
+        own = sum(p.numel() for p in self.adapter.parameters()) if self.adapter is not None else 0
+        head = sum(p.numel() for p in self.target.head.parameters())
+        return (sum(layers[: self.exit_layer]) + own + head) / (sum(layers) + head)
+
     def states(self, tokens: Tensor, where: Placement, state: State) -> Tensor:
         """Run the shallow layers on tokens [B, N] -> [B, N, D]."""
         x, _ = self.target.run(self.target.embed(tokens), where, state.cache, stop=self.exit_layer)
