@@ -1,4 +1,4 @@
-"""Documents from files: conversations and plain text, in the order of the rows."""
+"""Documents from files: conversations and plain text, in the order of the rows, and as a model reads them."""
 
 import gzip
 import json
@@ -95,3 +95,27 @@ def _document(row: Any, where: str) -> Document:
     if not well_formed or not messages:
         raise DataError(f'{where}: "messages" must be a non-empty list of {{"role", "content"}} objects')
     return Document(source, messages=messages, where=where)
+
+
+def read_as_model(document: Document, tokenizer: Any) -> str:
+    """The text that a model sees: a conversation by the chat template, plain text between the special tokens.
+
+    Raises DataError for conversations that the tokenizer's template cannot render.
+    """
+    if document.messages is None:
+        return (tokenizer.bos_token or "") + document.text + (tokenizer.eos_token or "")
+    return apply_template(document, tokenizer, document.messages)
+
+
+def apply_template(document: Document, tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
+    """Messages of a document by the tokenizer's chat template; a `prompt` ends where the answer begins."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{document.where}: a conversation, but the target has no chat template; it needs plain text rows"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except TemplateError as error:
+        raise DataError(f"{document.where}: the chat template refuses this conversation: {error}") from None

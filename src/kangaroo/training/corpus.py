@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo.documents import Document, Messages
+from kangaroo.documents import Document, Messages, apply_template, read_as_model
 from kangaroo.errors import DataError
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -78,15 +78,8 @@ def render(document: Document, tokenizer: Any, assistant_only: bool) -> list[tup
     That is one text, unless the chat template rewrites earlier turns as a conversation goes on (dropping what a model
     thought, say). Then each assistant turn becomes a text of its own, with its history as decoding would see it.
     """
-    if document.messages is None:
-        text = (tokenizer.bos_token or "") + document.text + (tokenizer.eos_token or "")
-        return [(text, [(0, len(text))])]
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{document.where}: a conversation, but the target has no chat template; it needs plain text rows"
-        )
-    whole = _apply(document, tokenizer, document.messages)
-    if not assistant_only:
+    whole = read_as_model(document, tokenizer)
+    if document.messages is None or not assistant_only:
         return [(whole, [(0, len(whole))])]
     turns = [_turn(document, tokenizer, i) for i in answers(document.messages)]
     if all(whole.startswith(text) for text, _ in turns):
@@ -102,8 +95,8 @@ def answers(messages: Messages) -> list[int]:
 def _turn(document: Document, tokenizer: Any, index: int) -> tuple[str, Spans]:
     """The conversation up to and including one assistant message, and where that message lies in it."""
     assert document.messages is not None
-    before = _apply(document, tokenizer, document.messages[:index], prompt=True)
-    text = _apply(document, tokenizer, document.messages[: index + 1])
+    before = apply_template(document, tokenizer, document.messages[:index], prompt=True)
+    text = apply_template(document, tokenizer, document.messages[: index + 1])
     if not text.startswith(before):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(
@@ -111,15 +104,6 @@ def _turn(document: Document, tokenizer: Any, index: int) -> tuple[str, Spans]:
             "generation prompt; set data.assistant_only = false to learn from whole conversations"
         )
     return text, [(len(before), len(text))]
-
-
-def _apply(document: Document, tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
-        raise DataError(f"{document.where}: the chat template refuses this conversation: {error}") from None
 
 
 def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[list[int]]:
@@ -137,10 +121,8 @@ def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[li
             ]
             chosen.append(list(ids[: max(1, int(len(ids) * (1 + draw) / 4))]))
             continue
-        if not tokenizer.chat_template:
-            raise DataError(f"{document.where}: a conversation, but the target has no chat template")
         turns = answers(document.messages)
         end = turns[int(draw * len(turns))] if turns else len(document.messages)
-        text = _apply(document, tokenizer, document.messages[:end], prompt=True)
+        text = apply_template(document, tokenizer, document.messages[:end], prompt=True)
         chosen.append(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
     return chosen
