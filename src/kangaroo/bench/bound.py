@@ -1,0 +1,72 @@
+"""How fast the rounds of a run could have been: the same drafts and the same acceptance, and nothing to pay but passes.
+
+Two prices of a pass. **Weights**: where a pass takes as long as reading its weights, a plain step costs 1, checking a
+draft costs 1, and drafting a token costs `draft_share`; a round of k drafted tokens costs 1 + k · draft_share. That
+holds for dense models at batch 1. **Passes**: what the pieces of a round took on this machine, each timed alone
+(`cost.py`). What lies between the measured speed-up and a bound is software: bookkeeping, launches, waiting. Neither
+bound knows of prefill, so both belong beside the speed-up of decoding alone.
+"""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from kangaroo.bench.cost import Costs, measure_costs
+from kangaroo.bench.statistics import Summary
+from kangaroo.decoder import Decoder
+from kangaroo.drafters.kangaroo import Kangaroo
+from kangaroo.drafters.self_draft import SelfDraft
+
+
+class MethodCosts(BaseModel):
+    """What one method's rounds cost, as a run's provenance stores it under `costs`, by the method's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    draft_share: float | None = None
+    """Weights read to draft a token over those of a plain step; 0 for what drafts without a model."""
+    measured: Costs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Speed-ups that a method's rounds could have had; None where their costs are not known."""
+
+    weights: float | None
+    passes: float | None
+
+
+def bounds(summary: Summary, costs: MethodCosts | None) -> Bounds:
+    """Of all rounds of a summary."""
+    if costs is None or not summary.drafted:
+        return Bounds(None, None)
+    emitted = sum(tokens * rounds for tokens, rounds in summary.emitted.items())
+    drafted = sum(tokens * rounds for tokens, rounds in summary.drafted.items())
+    weights = None if costs.draft_share is None else emitted / (summary.rounds + costs.draft_share * drafted)
+    passes = None if costs.measured is None else costs.measured.bound(list(summary.drafted.elements()), emitted)
+    return Bounds(weights, passes)
+
+
+def method_costs(decoder: Decoder) -> MethodCosts | None:
+    """Count and time what the rounds of a self-drafted chain cost; None for other drafters.
+
+    A tree runs one draft pass per level, which records do not tell, so its bound stays unknown.
+    """
+    drafter = decoder.make_drafter()
+    if not isinstance(drafter, Kangaroo):
+        return None
+    return MethodCosts(draft_share=weight_share(drafter.model), measured=measure_costs(decoder, nodes=drafter.nodes))
+
+
+def weight_share(model: SelfDraft) -> float:
+    """Weights read to draft one token over those of a plain step; embeddings are looked up, not read."""
+    target, adapter = model.target, model.adapter
+    own_head = adapter is not None and adapter.head is not None
+    draft = _size(*target.layers[: model.exit_layer], *([adapter] if adapter else []))
+    head = _size(target.head)
+    return (draft + (0 if own_head else head)) / (_size(*target.layers) + head)
+
+
+def _size(*modules: nn.Module) -> int:
+    return sum(weight.numel() for module in modules for weight in module.parameters())

@@ -1,0 +1,179 @@
+"""What records say, per method and task: speed-up with its interval, compression, acceptance, where the time went.
+
+**Speed-up** is the baseline's seconds per token over the method's, each of them total seconds over total tokens,
+prefill included, summed over the questions of the task and all repeats. Where the answers are identical, it is simply
+the ratio of total times. Its interval resamples questions (`bootstrap.py`): a drawn question brings its repeats, the
+method's and the baseline's, along. So it speaks of other questions of the same kind, not of other machines.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from kangaroo.bench.bootstrap import RESAMPLES, Array, interval, resample_totals
+from kangaroo.bench.differences import FirstDifference, first_difference
+from kangaroo.bench.grid import OVERALL, Grid, QuestionId
+from kangaroo.bench.records import BASELINE
+
+PHASES = ("prefill", "draft", "verify", "rest")
+TOKENS, TOTAL, DECODING = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and its 95 % interval, which a single question cannot give."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One method on one task, all questions and repeats together."""
+
+    method: str
+    task: str
+    questions: int
+    answers: int
+    """Questions times repeats."""
+    tokens: int
+    seconds: dict[str, float]
+    """By phase."""
+    speedup: Estimate
+    decode_speedup: Estimate | None
+    """The same without prefill; None where a method does not tell its prefill."""
+    emitted: Counter[int]
+    """Rounds by the tokens they emitted; empty where a method does not tell its rounds."""
+    drafted: Counter[int]
+    """Rounds by the tokens drafted in them; empty likewise."""
+    stops: Counter[str]
+    """Rounds by why drafting stopped; empty likewise."""
+    differences: tuple[FirstDifference, ...]
+    """One for every answer that is not the baseline's."""
+    dropped_tokens: int
+    """Prompt tokens left out because the context would not hold them."""
+    peak_bytes: int | None
+
+    @property
+    def rounds(self) -> int:
+        """How many there were; 0 where a method does not tell."""
+        return self.emitted.total()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Prefill included."""
+        return self.tokens / sum(self.seconds.values())
+
+    @property
+    def compression_rate(self) -> float | None:
+        """CR: mean tokens per round, the target's own one included."""
+        return _mean(self.emitted)
+
+    @property
+    def drafted_per_round(self) -> float | None:
+        """Mean drafted tokens per round."""
+        return _mean(self.drafted)
+
+    @property
+    def accepted_share(self) -> float | None:
+        """Share of the drafted tokens that were emitted; None where none were drafted."""
+        drafted = _sum(self.drafted)
+        return (_sum(self.emitted) - self.rounds) / drafted if drafted else None
+
+    @property
+    def acceptance(self) -> list[float]:
+        """CTAR(w) for w = 1, 2, ...: the share of rounds that emitted more than w tokens, while it is not zero."""
+        return [
+            sum(count for emitted, count in self.emitted.items() if emitted > w) / self.rounds
+            for w in range(1, max(self.emitted, default=1))
+        ]
+
+    @property
+    def identical(self) -> int:
+        """Answers that are the baseline's, token by token."""
+        return self.answers - len(self.differences)
+
+    @property
+    def ties(self) -> int:
+        """Answers that depart from the baseline's where rounding explains it."""
+        return sum(difference.tie for difference in self.differences)
+
+
+def _sum(histogram: Counter[int]) -> int:
+    return sum(value * count for value, count in histogram.items())
+
+
+def _mean(histogram: Counter[int]) -> float | None:
+    return _sum(histogram) / histogram.total() if histogram else None
+
+
+def summarise(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Summary]]:
+    """Summaries by method and task, OVERALL the last of the tasks. The same seed gives the same intervals."""
+    summaries: dict[str, dict[str, Summary]] = {method: {} for method in grid.methods}
+    for task, questions in {**grid.tasks, OVERALL: grid.questions}.items():
+        measured = _measure(grid, questions)
+        draws = resample_totals(measured, resamples=resamples, seed=seed)
+        for place, method in enumerate(grid.methods):
+            totals, drawn = measured.sum(0)[[0, place]], draws[:, [0, place]]
+            estimates = [_estimate(totals, drawn, column, len(questions)) for column in (TOTAL, DECODING)]
+            summaries[method][task] = _summary(grid, method, task, questions, estimates)
+    return summaries
+
+
+def _measure(grid: Grid, questions: list[QuestionId]) -> Array:
+    """[questions, methods, (TOKENS, TOTAL seconds, DECODING seconds)], repeats added up.
+
+    Decoding seconds are not a number where a method does not tell its prefill apart.
+    """
+
+    def row(method: str, question: QuestionId) -> list[float]:
+        turns = [turn for answer in grid.answers(method, question) for turn in answer.turns]
+        seconds, prefill = sum(turn.seconds for turn in turns), sum(turn.prefill for turn in turns)
+        return [sum(len(turn.tokens) for turn in turns), seconds, seconds - prefill if prefill else math.nan]
+
+    return np.array([[row(method, question) for method in grid.methods] for question in questions])
+
+
+def _estimate(totals: Array, draws: Array, column: int, questions: int) -> Estimate | None:
+    """From totals [(baseline, method), columns] and draws [resamples, ...] of them."""
+    value = float(_speedups(totals, column))
+    if math.isnan(value):
+        return None
+    return Estimate(value, *interval(_speedups(draws, column))) if questions > 1 else Estimate(value)
+
+
+def _speedups(totals: Array, column: int) -> Array:
+    """Seconds per token of the baseline over the method's, from totals [..., (baseline, method), columns]."""
+    pace = totals[..., column] / totals[..., TOKENS]
+    return np.asarray(pace[..., 0] / pace[..., 1])
+
+
+def _summary(
+    grid: Grid, method: str, task: str, questions: list[QuestionId], estimates: list[Estimate | None]
+) -> Summary:
+    speedup, decode_speedup = estimates
+    assert speedup is not None, "every answer has tokens and takes time"
+    answers = [answer for question in questions for answer in grid.answers(method, question)]
+    plain = [answer for question in questions for answer in grid.answers(BASELINE, question)]
+    turns = [turn for answer in answers for turn in answer.turns]
+    found = map(first_difference, answers, plain)
+    return Summary(
+        method=method,
+        task=task,
+        questions=len(questions),
+        answers=len(answers),
+        tokens=sum(len(turn.tokens) for turn in turns),
+        seconds={phase: sum(getattr(turn, phase) for turn in turns) for phase in PHASES},
+        speedup=speedup,
+        decode_speedup=decode_speedup,
+        emitted=Counter(chain.from_iterable(turn.emitted for turn in turns)),
+        drafted=Counter(chain.from_iterable(turn.drafted for turn in turns)),
+        stops=Counter(chain.from_iterable(turn.stops for turn in turns)),
+        differences=tuple(difference for difference in found if difference is not None),
+        dropped_tokens=sum(turn.dropped_tokens for turn in turns),
+        peak_bytes=max((turn.peak_bytes for turn in turns if turn.peak_bytes is not None), default=None),
+    )
