@@ -1,0 +1,87 @@
+"""Reading TOML files into typed settings: tables, overrides, and errors that name the key."""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kangaroo.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of a file: unknown keys are errors, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def read_table(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The table in a file; `overrides` maps dotted keys ("schedule.steps") to values that replace the file's.
+
+    Raises ConfigError for a file that is missing or not TOML.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"no recipe at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for dotted, value in (overrides or {}).items():
+        _override(table, dotted, value)
+    return table
+
+
+def parse_table(kind: type[Kind], table: Mapping[str, Any], name: str) -> Kind:
+    """The settings in a table; `name` says in errors where it came from.
+
+    Raises ConfigError naming the key, and the nearest known one for a key that does not exist.
+    """
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error, kind)}") from None
+
+
+def _override(table: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"cannot set {dotted!r}: {section!r} is not a section")
+    table[key] = value
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{dotted!r} is missing"
+    if first["type"] == "value_error":
+        return f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
+    if first["type"] != "extra_forbidden":
+        return f"{dotted}: {first['msg']}, got {first.get('input')!r}"
+    section = kind
+    *path, key = first["loc"]
+    for part in path:
+        if isinstance(part, str):  # a number is a place in a list of sections
+            section = next(_sections(section.model_fields[part].annotation))
+    near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.0)
+    return f"unknown key {dotted!r}; did you mean {near[0]!r}?"
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections a field may hold: itself, or behind a union with None or a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
