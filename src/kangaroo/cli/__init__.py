@@ -6,6 +6,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from kangaroo.cli.check import check
+from kangaroo.cli.datastore import datastore
 from kangaroo.cli.demo import demo
 from kangaroo.cli.generate import generate
 from kangaroo.cli.info import info
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for verb in (demo, generate, train, check, info):
     app.command()(verb)
+app.add_typer(datastore, name="datastore")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kangaroo.drafters import draft_model, kangaroo, kangaroo_lookup, kangaroo_tree, llma, none, prompt_lookup
+from kangaroo.drafters import draft_model, kangaroo, kangaroo_lookup, kangaroo_tree, llma, none, prompt_lookup, rest
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.settings import Settings
 from kangaroo.errors import ConfigError
@@ -31,7 +31,11 @@ DRAFTERS: dict[str, Entry] = {
     "draft-model": Entry(draft_model.build, "draft_model"),
     "prompt-lookup": Entry(prompt_lookup.build),
     "llma": Entry(llma.build),
+    "rest": Entry(rest.build, "datastore"),
 }
+
+FILES = tuple(dict.fromkeys(entry.files for entry in DRAFTERS.values() if entry.files))
+"""The settings that name what drafters load."""
 
 
 def find_drafter(name: str) -> Entry:
