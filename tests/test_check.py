@@ -6,7 +6,7 @@ import torch
 
 import kangaroo
 from chat_model import save_chat_model
-from kangaroo.bench.check import CheckReport, check, find_difference
+from kangaroo.bench.check import CheckReport, check, expect, find_difference
 from kangaroo.bench.compare import compare, without_end
 from kangaroo.bench.cost import Costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
@@ -38,7 +38,8 @@ def test_a_corrupted_text_is_reported_with_its_first_difference(tmp_path: Path) 
     decoder = kangaroo.load(folder / "target", drafter="none", dtype=torch.float32)
     broken = Decoder(decoder.target, LyingTarget, decoder.tokenizer, ())
     prompts = [decoder.tokenizer.encode("Where would you")]
-    report = check(broken, prompts, temperatures=[0.0], batches=[1], max_tokens=12)
+    expected = expect(decoder, prompts, [Sampling()], max_tokens=12)
+    report = check(broken, expected, batches=[1])
     assert report.problem == "1 of 1 answers differ"
     found = report.differences[0]
     assert found.position >= 4

@@ -67,13 +67,29 @@ def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means
     options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--set", "exit_layer=1", "--json")
     options = (*options, "--set", "threshold=0.02", "--temperature", "0", "--batch", "4")
     assert run(monkeypatch, *options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["lossless"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["lossless"]
+    report = found["drafters"]["early-exit"]
     assert report["tokens"] >= 2000
     assert report["rounds"]["none"] > 0
     assert report["rounds"]["all"] + report["rounds"]["some"] > 0
     assert run(monkeypatch, *options, "--prompts", "2", "--max-tokens", "4") == 1
-    assert "tokens were compared" in json.loads(capsys.readouterr().out)["problem"]
+    found = json.loads(capsys.readouterr().out)
+    assert "tokens were compared" in found["drafters"]["early-exit"]["problem"]
+
+
+def test_check_of_all_drafters_says_which_it_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("check", "--drafter", "all", "--model", str(folder / "target"), "--draft-model", str(folder / "target"))
+    options = (*options, "--temperature", "0", "--batch", "2", "--prompts", "2", "--max-tokens", "6")
+    assert run(monkeypatch, *options, "--json", "--dtype", "float64") == 1  # too few tokens to mean anything
+    found = json.loads(capsys.readouterr().out)
+    assert {"draft-model", "prompt-lookup", "llma", "early-exit"} <= found["drafters"].keys()
+    assert found["left_out"]["kangaroo"] == "needs --adapter"
+    assert not any(report["differences"] for report in found["drafters"].values())
+    assert run(monkeypatch, *options, "--set", "max_draft=2") == 2
+    assert "--set belongs to one drafter" in capsys.readouterr().err
 
 
 def test_info_says_what_drafting_costs(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kangaroo import demo
 from kangaroo.decode import Round, decode, start
-from kangaroo.drafters import MakeDrafter, find_drafter
+from kangaroo.drafters import FILES, MakeDrafter, find_drafter
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.loading import end_tokens, load_model, load_tokenizer
 from kangaroo.model import Target
@@ -96,7 +96,7 @@ class Decoder:
         make_drafter: MakeDrafter,
         tokenizer: Tokenizer,
         eos: Sequence[int],
-        files: Mapping[str, Path] | None = None,
+        files: Mapping[str, str | Path] | None = None,
     ):
         """`files` are those that came with the model: for drafters whose settings do not name their own."""
         self.target, self.make_drafter, self.tokenizer, self.eos = target, make_drafter, tokenizer, tuple(eos)
@@ -218,17 +218,17 @@ def load(
 ) -> Decoder:
     """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
 
-    `settings` are the drafter's: where its files lie (adapter, heads, draft_model, datastore) and how it drafts
-    (max_draft, threshold, exit_layer, ...); the demo model brings the files. `dtype` defaults to the checkpoint's on a
+    `settings` say where drafters' files lie (adapter, heads, draft_model, datastore: the demo model brings them), and
+    how this one drafts (max_draft, threshold, exit_layer, ...). `dtype` defaults to the checkpoint's on a
     GPU and to what the CPU runs fastest otherwise. For device maps or quantisation, load the model with transformers
     and pass it in.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
     find_drafter(drafter)  # a wrong name should not wait for the model to load
-    files: Mapping[str, Path] = {}
+    files = {name: settings.pop(name) for name in FILES if settings.get(name) is not None}
     if str(model) == "demo":
-        model, files = demo.TARGET, demo.FILES
+        model, files = demo.TARGET, demo.FILES | files
     loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
     tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
     plain = Decoder(Target(loaded), NoDrafter, tokenizer, end_tokens(loaded), files)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from kangaroo.bench.check import CheckReport
+from kangaroo.bench.check import CheckReport, Difference
 from kangaroo.bench.compare import Comparison
 from kangaroo.decoder import Completion, Decoder, Stats
 from kangaroo.memory import human_bytes
@@ -118,21 +118,31 @@ def show_comparison(facts: dict[str, Any]) -> None:
     out.print(f"  texts           {verdict}")
 
 
-def show_check(report: CheckReport) -> None:
-    """What a check found."""
-    rounds = report.rounds
-    out.print(f"{report.answers} answers, {report.tokens} tokens compared")
-    out.print(
-        f"rounds that accepted none {rounds.none}, some {rounds.some}, all {rounds.all}; "
-        f"without a draft {rounds.undrafted}"
+def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str]) -> None:
+    """What a check of one or more drafters found."""
+    table = Table(box=None)
+    for heading in ("drafter", "answers", "tokens", "rounds that accepted none", "some", "all", "had no draft", ""):
+        table.add_column(heading, justify="left" if heading in ("drafter", "") else "right")
+    for name, report in reports.items():
+        rounds = report.rounds
+        counts = (report.answers, report.tokens, rounds.none, rounds.some, rounds.all, rounds.undrafted)
+        table.add_row(name, *map(str, counts), "lossless" if report.problem is None else f"FAILED: {report.problem}")
+    for name, reason in left_out.items():
+        table.add_row(name, *[""] * 6, f"left out: {reason}")
+    out.print(table)
+    for name, report in reports.items():
+        for found in report.differences[:10]:
+            out.print(f"{name}: {_difference_line(found)}")
+    if all(report.problem is None for report in reports.values()):
+        out.print("lossless: every token is the same")
+
+
+def _difference_line(found: Difference) -> str:
+    return (
+        f"prompt {found.prompt}, temperature {found.temperature:g}, batch {found.batch}: token {found.position} is "
+        f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}, float64 draws {found.float64}"
+        f"{' (a tie)' if found.is_tie else ''}"
     )
-    for found in report.differences[:10]:
-        out.print(
-            f"prompt {found.prompt}, temperature {found.temperature:g}, batch {found.batch}: token {found.position} is "
-            f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}, float64 draws {found.float64}"
-            f"{' (a tie)' if found.is_tie else ''}"
-        )
-    out.print("lossless: every token is the same" if report.problem is None else f"FAILED: {report.problem}")
 
 
 def show_table(facts: dict[str, Any]) -> None:

@@ -85,33 +85,54 @@ class CheckReport:
         return None
 
 
-def check(
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=0.8, top_p=0.95, seed=1),
+    Sampling(temperature=1.2, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1, seed=1),
+)
+"""What is checked unless told otherwise: greedy, sampled, hot with penalties."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Plain decoding of every prompt alone: what any drafter's answers are compared with."""
+
+    prompts: Sequence[Sequence[int]]
+    samplings: Sequence[Sampling]
+    max_tokens: int
+    answers: list[list[list[int]]]
+    """Per sampling, per prompt."""
+
+
+def expect(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling] = SAMPLINGS,
     *,
-    temperatures: Sequence[float],
-    batches: Sequence[int],
     max_tokens: int,
     report: Callable[[str], None] = lambda line: None,
-) -> CheckReport:
-    """Compare the decoder's answers, in batches of every size, with plain decoding of each prompt alone."""
-    result = CheckReport()
-    for temperature in temperatures:
-        sampling = Sampling(temperature=temperature, seed=1)
-        expected = []
-        for index, prompt in enumerate(prompts):
-            report(f"plain decoding, temperature {temperature:g}: prompt {index + 1} of {len(prompts)}")
-            expected += _answers(decoder, NoDrafter, [prompt], sampling, max_tokens, None)
+) -> Expected:
+    """Decode every prompt with every sampling, alone and without drafts."""
+    answers = []
+    for sampling in samplings:
+        report(f"plain decoding, temperature {sampling.temperature:g}")
+        answers.append([_answers(decoder, NoDrafter, [p], sampling, max_tokens, None)[0] for p in prompts])
+    return Expected(prompts, samplings, max_tokens, answers)
+
+
+def check(decoder: Decoder, expected: Expected, *, batches: Sequence[int]) -> CheckReport:
+    """Compare the decoder's answers, in batches of every size, with those expected."""
+    result, prompts = CheckReport(), expected.prompts
+    for sampling, wanted in zip(expected.samplings, expected.answers, strict=True):
         for batch in batches:
             for first in range(0, len(prompts), batch):
-                report(f"temperature {temperature:g}, batch {batch}: prompt {first + 1} of {len(prompts)}")
                 part = prompts[first : first + batch]
-                got = _answers(decoder, decoder.make_drafter, part, sampling, max_tokens, result.rounds)
+                got = _answers(decoder, decoder.make_drafter, part, sampling, expected.max_tokens, result.rounds)
                 for index, answer in enumerate(got, first):
                     result.answers += 1
-                    result.tokens += max(len(expected[index]), len(answer))
-                    if answer != expected[index]:
-                        found = find_difference(decoder, prompts[index], expected[index], answer, sampling)
+                    result.tokens += max(len(wanted[index]), len(answer))
+                    if answer != wanted[index]:
+                        found = find_difference(decoder, prompts[index], wanted[index], answer, sampling)
                         result.differences.append(replace(found, prompt=index, batch=batch))
     return result
 

@@ -5,44 +5,51 @@ from typing import Annotated
 
 import typer
 
+from kangaroo.bench.check import SAMPLINGS, expect
 from kangaroo.bench.check import check as check_drafter
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
-from kangaroo.cli.options import Drafter, Json, MaxTokens, ModelOptions, with_model_options
+from kangaroo.cli.options import Json, MaxTokens, ModelOptions, with_model_options
+from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
-from kangaroo.terminal import notes, print_json, show_check
+from kangaroo.sampling import Sampling
+from kangaroo.terminal import notes, print_json, show_checks
 from kangaroo.text import Prompt
 
 
 @with_model_options
 def check(
     options: ModelOptions,
-    drafter: Drafter = "kangaroo",
-    temperature: Annotated[list[float] | None, typer.Option(help="May be repeated.")] = None,
+    drafter: Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}; or all.")] = "kangaroo",
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="May be repeated. Default: 0; 0.8 with top-p; 1.2 with penalties.")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
     prompts: Annotated[int, typer.Option(help="How many of the evaluation prompts.")] = 24,
     max_tokens: MaxTokens = 48,
     as_json: Json = False,
 ) -> None:
     """Is this drafter lossless on this model? Compares every answer with plain decoding, token by token."""
-    decoder = options.open(drafter)
     if any(size < 1 for size in batch or ()):
         raise ConfigError(f"--batch must be at least 1, got {min(batch or ())}")
+    samplings = [Sampling(temperature=t, seed=1) for t in temperature] if temperature else SAMPLINGS
+    decoders, left_out = options.open_all() if drafter == "all" else ({drafter: options.open(drafter)}, {})
+    any_decoder = next(iter(decoders.values()))
     chosen = interleave_kinds(read_prompts())[:prompts]
     texts: list[Prompt] = [
-        p.messages if decoder.tokenizer.has_chat_template else p.messages[-1]["content"] for p in chosen
+        p.messages if any_decoder.tokenizer.has_chat_template else p.messages[-1]["content"] for p in chosen
     ]
+    reports = {}
     with notes.status("checking") as status:
-        report = check_drafter(
-            decoder,
-            [decoder.tokenizer.encode(text) for text in texts],
-            temperatures=temperature or [0.0, 0.8],
-            batches=batch or [1, 4],
-            max_tokens=max_tokens,
-            report=status.update,
-        )
+        encoded = [any_decoder.tokenizer.encode(text) for text in texts]
+        expected = expect(any_decoder, encoded, samplings, max_tokens=max_tokens, report=status.update)
+        for name, decoder in decoders.items():
+            status.update(name)
+            reports[name] = check_drafter(decoder, expected, batches=batch or [1, 4])
+    lossless = all(report.problem is None for report in reports.values())
     if as_json:
-        print_json({"lossless": report.problem is None, "problem": report.problem, **asdict(report)})
+        facts = {name: asdict(report) | {"problem": report.problem} for name, report in reports.items()}
+        print_json({"lossless": lossless, "drafters": facts, "left_out": left_out})
     else:
-        show_check(report)
-    if report.problem:
+        show_checks(reports, left_out)
+    if not lossless:
         raise typer.Exit(1)

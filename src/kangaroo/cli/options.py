@@ -43,6 +43,18 @@ class ModelOptions:
         dtype = KINDS[self.dtype] if self.dtype else None
         return load(self.model, drafter=drafter, dtype=dtype, **self.files, **self.parsed_settings)
 
+    def open_all(self) -> tuple[dict[str, Decoder], dict[str, str]]:
+        """A Decoder per drafter, on one target; and the drafters that lack what they draft with, with the reason."""
+        if self.settings:
+            raise ConfigError("--set belongs to one drafter; leave it out when all of them run")
+        plain, opened, left_out = self.open("none"), dict[str, Decoder](), dict[str, str]()
+        for name, entry in DRAFTERS.items():
+            if entry.files is not None and entry.files not in plain.files:
+                left_out[name] = f"needs --{entry.files.replace('_', '-')}"
+            elif name != "none":
+                opened[name] = plain.with_drafter(name)
+        return opened, left_out
+
     @property
     def files(self) -> dict[str, Any]:
         """What was given for drafters to load, by the names of their settings."""

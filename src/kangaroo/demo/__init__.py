@@ -6,5 +6,5 @@ _HERE = Path(__file__).parent
 TARGET = _HERE / "target"
 ADAPTER = _HERE / "adapter"
 PROMPTS = _HERE / "prompts.jsonl"
-FILES = {"adapter": ADAPTER}
+FILES: dict[str, str | Path] = {"adapter": ADAPTER}
 """What each kind of drafter needs, by the name of its setting."""
