@@ -277,7 +277,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(folder: Path, monkeypatch: pyt
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kangaroo.adapter.save_file", full)
+    monkeypatch.setattr("kangaroo.weights.save_file", full)
     adapter = make_adapter(target("llama"), scale=0.5)
     with pytest.raises(OSError, match="No space left"):
         adapter.save(folder, {})

@@ -6,37 +6,20 @@ No feed-forward network and no second norm; x is the un-normed state after E lay
 ablation (table 2) add a head of their own, add a feed-forward network, or replace the attention by one.
 """
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kangaroo.cache import KVCache, LayerShape
-from kangaroo.errors import AdapterError, ConfigError
-from kangaroo.files import write_atomically
-from kangaroo.fingerprint import same_model
+from kangaroo.errors import ConfigError
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.tree import Placement
+from kangaroo.weights import TrainedWeights
 
 Variant = Literal["kangaroo", "own-head", "full-layer", "mlp-only"]
-WEIGHTS, CONFIG = "adapter.safetensors", "config.json"
-_FIELDS = {
-    "exit_layer": int,
-    "variant": str,
-    "max_draft": int,
-    "threshold": float,
-    "width": int,
-    "vocab_size": int,
-    "target_fingerprint": str,
-    "weights_sha256": str,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +38,18 @@ class AdapterConfig:
             raise ConfigError(f"adapter variant must be one of {', '.join(get_args(Variant))}, got {self.variant!r}")
 
 
-class Adapter(nn.Module):
+class Adapter(TrainedWeights):
     """Weights of the self-draft model that are not the target's.
 
     Raises ConfigError if the exit layer is not one of the target's.
     """
 
+    file, config_kind = "adapter.safetensors", AdapterConfig
+    config: AdapterConfig
+
     def __init__(self, target: Target, config: AdapterConfig):
-        super().__init__()
+        super().__init__(target, config)
         check_exit_layer(config.exit_layer, target)
-        self.config, self._target = config, [target]  # in a list: the target's weights are not the adapter's
         self.norm_in, self.norm_out = target.new_norm(), target.new_norm()
         self.attention = None if config.variant == "mlp-only" else target.new_attention()
         self.mlp: FeedForward | None = None
@@ -80,7 +65,7 @@ class Adapter(nn.Module):
         Raises ConfigError if a full layer is to be copied from a target whose feed-forward network is not Llama-like.
         """
         torch.manual_seed(seed)
-        target = self._target[0]
+        target = self.target
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -103,57 +88,20 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None = None) -> Tensor:
         """States after the exit layer [B, N, D] -> normed states [B, N, D] that `logits` reads."""
         if self.attention is not None:
-            x = x + self._target[0].attend(self.attention, self.norm_in(x), where, cache)
+            x = x + self.target.attend(self.attention, self.norm_in(x), where, cache)
         if self.mlp is not None:
             x = x + self.mlp(self.norm_in(x) if self.norm_mid is None else self.norm_mid(x))
         return self.norm_out(x)  # type: ignore[no-any-return]
 
     def logits(self, y: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, V], through the target's head or the adapter's own."""
-        target = self._target[0]
+        target = self.target
         return target.logits(y) if self.head is None else target.scale_logits(self.head(y))
 
     @property
     def cache_layers(self) -> tuple[LayerShape, ...]:
         """The layers this adapter adds to the target's KV cache: one, or none without attention."""
-        return () if self.attention is None else (self._target[0].storage_shape(self.attention),)
-
-    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """Write weights and config; each file appears whole or not at all, the config last."""
-        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        write_atomically(folder / WEIGHTS, lambda part: save_file(tensors, part))
-        table = {
-            **asdict(self.config),
-            "width": self._target[0].width,
-            "vocab_size": self._target[0].vocab_size,
-            "target_fingerprint": self._target[0].fingerprint,
-            "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-            "provenance": provenance,
-        }
-        write_atomically(folder / CONFIG, lambda part: part.write_text(json.dumps(table, indent=2) + "\n"))
-
-    @classmethod
-    def load(cls, folder: Path, target: Target) -> "Adapter":
-        """Read an adapter that was trained for this target, in the target's precision.
-
-        Raises AdapterError if files are missing, damaged or hold NaN, or if it belongs to another target.
-        """
-        table = _read_config(folder)
-        for name, wanted in (("width", target.width), ("vocab_size", target.vocab_size)):
-            if table[name] != wanted:
-                raise AdapterError(f"the adapter in {folder} has {name} {table[name]}, but the target has {wanted}")
-        if not same_model(table["target_fingerprint"], target.fingerprint, weights_hidden=target.hides_weights):
-            raise AdapterError(
-                f"the adapter in {folder} was trained for another target (fingerprint {table['target_fingerprint']}, "
-                f"this target has {target.fingerprint}); train one for this target with `kangaroo train`"
-            )
-        adapter = cls(target, AdapterConfig(**{field.name: table[field.name] for field in fields(AdapterConfig)}))
-        tensors = _read_weights(folder / WEIGHTS, table["weights_sha256"])
-        missing = adapter.load_state_dict(tensors, strict=False)
-        if missing.missing_keys or missing.unexpected_keys:
-            names = [*missing.missing_keys, *missing.unexpected_keys]
-            raise AdapterError(f"{folder / WEIGHTS} does not fit its config: {names[0]!r} is missing or unexpected")
-        return adapter.to(target.dtype).eval().requires_grad_(False)
+        return () if self.attention is None else (self.target.storage_shape(self.attention),)
 
 
 class FeedForward(nn.Module):
@@ -176,37 +124,3 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         return self.down(functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
-        hint = f"{pickles[0].name} is a pickle, which is never loaded" if pickles else "expected config.json"
-        raise AdapterError(f"no adapter in {folder}: {hint}")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
-    if not isinstance(table, dict):
-        raise AdapterError(f"{path} is damaged: it should hold one table")
-    for name, kind in _FIELDS.items():
-        if type(table.get(name)) is not kind:
-            raise AdapterError(f"{path} is damaged: {name!r} should be of type {kind.__name__}")
-    return table
-
-
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise AdapterError(f"no weights at {path}")
-    content = path.read_bytes()
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise AdapterError(f"{path} is damaged: its bytes are not those that config.json was written for")
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
-    return tensors

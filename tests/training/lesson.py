@@ -10,9 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.training.adapter import Author, load_target
+from kangaroo.training.author import Author
 from kangaroo.training.batches import Packed
 from kangaroo.training.data import choose_documents
+from kangaroo.training.frozen import load_target
 from kangaroo.training.imitation import Imitation
 from kangaroo.training.metrics import METRICS, read_metrics
 from kangaroo.training.reading import read_recipe

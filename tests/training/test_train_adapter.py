@@ -12,10 +12,11 @@ from lesson import Lesson, build
 
 from kangaroo.adapter import Adapter
 from kangaroo.errors import CapacityError, ConfigError, ModelError
-from kangaroo.training import imitation, loop
-from kangaroo.training.adapter import load_target
+from kangaroo.training import loop, pieces
 from kangaroo.training.estimate import Estimate
-from kangaroo.training.imitation import Imitation, learnt_positions
+from kangaroo.training.frozen import load_target
+from kangaroo.training.imitation import Imitation
+from kangaroo.training.positions import learnt_positions
 from kangaroo.training.report import Update
 from kangaroo.tree import sequence
 
@@ -64,10 +65,10 @@ def test_logits_in_pieces_give_the_same_gradients(make_lesson: MakeLesson, monke
     whole = objective.loss(batch)
     whole.total.backward()
     expected = gradients(objective)
-    monkeypatch.setattr(imitation, "LOGITS_AT_ONCE", 7 * objective.target.vocab_size)
-    pieces = objective.loss(batch)
-    pieces.total.backward()
-    assert float(pieces.total.detach()) == pytest.approx(float(whole.total.detach()), rel=1e-6)
+    monkeypatch.setattr(pieces, "LOGITS_AT_ONCE", 7 * objective.target.vocab_size)
+    parts = objective.loss(batch)
+    parts.total.backward()
+    assert float(parts.total.detach()) == pytest.approx(float(whole.total.detach()), rel=1e-6)
     for name, gradient in gradients(objective).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
 
@@ -250,7 +251,7 @@ def test_nan_in_the_target_is_refused(make_lesson: MakeLesson, target_folder: Pa
 @pytest.mark.parametrize("at_once", [1 << 20, 1 << 10])
 def test_only_the_loss_has_gradients(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     objective, packed = build(make_lesson(), loss__acceptance=1.0)
-    monkeypatch.setattr(imitation, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(pieces, "LOGITS_AT_ONCE", at_once)
     batch = packed.batch(0, 1, 64, seed=0)
     compared = objective.compare(*objective._states(batch, learnt_positions(batch)))
     needs = {field.name: getattr(compared, field.name).requires_grad for field in dataclasses.fields(compared)}

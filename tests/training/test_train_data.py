@@ -17,7 +17,7 @@ from kangaroo.errors import DataError
 from kangaroo.training.batches import Batch, Packed, Stream, visit
 from kangaroo.training.corpus import Corpus, prompts, render, tokenize
 from kangaroo.training.data import choose_documents
-from kangaroo.training.imitation import learnt_positions, place_documents
+from kangaroo.training.positions import learnt_positions, place_documents
 from kangaroo.training.recipe import DataSection
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]

@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[2]
 MakeLesson = Callable[..., Lesson]
 
 
-@pytest.mark.parametrize("name", ["demo-target", "demo-adapter"])
-def test_shipped_recipes_are_valid(name: str) -> None:
-    assert read_recipe(ROOT / "recipes" / f"{name}.toml").kind == name.removeprefix("demo-")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("target", "target"), ("draft-model", "target"), ("adapter", "adapter"), ("medusa", "medusa")],
+)
+def test_shipped_recipes_are_valid(name: str, kind: str) -> None:
+    assert read_recipe(ROOT / "recipes" / f"demo-{name}.toml").kind == kind
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         ("loss__soft_cross_entropy", 0, "loss: soft_cross_entropy and acceptance must not both be 0"),
         ("run__compile", True, "run.compile is for targets"),
         ("evaluation__prompts", 99, "evaluation.prompts is 99, more than data.held_out"),
-        ("kind", "adaptor", "kind must be one of target, adapter, got 'adaptor'"),
+        ("kind", "adaptor", "kind must be one of target, adapter, medusa, got 'adaptor'"),
         ("target__name", "x", "'target' is not a section"),
         ("loss__acceptance", float("nan"), "loss.acceptance: .*finite"),
     ],

@@ -1,23 +1,18 @@
-"""Held-out figures of an adapter: on documents, and on text that the target wrote."""
+"""Held-out figures of what drafts for a target: on documents, and on text that the target wrote."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from kangaroo.training.batches import Batch, Packed
 from kangaroo.training.corpus import Corpus
 from kangaroo.training.recipe import EvaluationSection
-from kangaroo.training.simulate import chain_rounds
 
-
-class Compared(Protocol):
-    """Sums over positions, as numbers."""
-
-    def figures(self) -> dict[str, float]:
-        """By name."""
-        ...
+Sums = Mapping[str, tuple[float, int]]
+"""Name -> (sum over positions, their number)."""
+Judgement = tuple[bool, ...]
+"""What simulated drafting must know of a token; the first says whether it would be drafted right."""
 
 
 class DraftModel(Protocol):
@@ -25,16 +20,16 @@ class DraftModel(Protocol):
 
     device: torch.device
 
-    def measure(self, batch: Batch) -> tuple[Compared, int]:
-        """p against q over a batch's positions, and their number."""
+    def measure(self, batch: Batch) -> Sums:
+        """Figures of a batch."""
         ...
 
-    def draft_states(self, batch: Batch, mask: Tensor) -> Tensor:
-        """States [M, D] at the marked positions."""
+    def judge(self, batch: Batch) -> list[Judgement]:
+        """Of the batch's marked tokens, in order."""
         ...
 
-    def draft_logits(self, y: Tensor) -> Tensor:
-        """[M, D] -> [M, V]."""
+    def rounds(self, judged: Sequence[Judgement], room: int) -> list[int]:
+        """Tokens emitted by each round of decoding an answer, which had room for so many."""
         ...
 
 
@@ -57,13 +52,12 @@ class HeldOut:
         self.tokens += len(self.written.rows(self.written_length)) * self.written_length
 
     def evaluate(self, model: DraftModel) -> dict[str, float]:
-        """Mean soft cross-entropy, agreement and sum-min over the documents; agreement and CR on the target's text."""
-        sums, count = dict[str, float](), 0
+        """Means of the model's figures over the documents; agreement and CR on the target's text; CR is the score."""
+        sums, counts = dict[str, float](), dict[str, int]()
         for batch in self._batches(self.documents, self.length, model.device):
-            compared, tokens = model.measure(batch)
-            sums = {name: sums.get(name, 0.0) + value for name, value in compared.figures().items()}
-            count += tokens
-        means = {name: value / count for name, value in sums.items()}
+            for name, (value, count) in model.measure(batch).items():
+                sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + count
+        means = {name: value / max(1, counts[name]) for name, value in sums.items()}
         rounds, correct = self.simulate(model)
         emitted = sum(map(sum, rounds))
         rate = emitted / sum(map(len, rounds))
@@ -71,26 +65,17 @@ class HeldOut:
 
     def simulate(self, model: DraftModel) -> tuple[list[list[int]], int]:
         """(tokens emitted by each round of each answer, how many of all answers' tokens would be drafted right)."""
-        correct, confident = list[bool](), list[bool]()
-        for batch in self._batches(self.written, self.written_length, model.device):
-            assert batch.documents is not None
-            # Only answers are marked, so the marked positions are theirs, document by document.
-            mask = torch.zeros_like(batch.trained)
-            mask[:, :-1] = batch.trained[:, 1:]
-            logits = model.draft_logits(model.draft_states(batch, mask))
-            correct += (logits.argmax(-1) == batch.tokens[:, 1:][mask[:, :-1]]).tolist()
-            top = (logits.amax(-1) - logits.logsumexp(-1)).exp()
-            confident += (top >= self.settings.threshold).tolist()
+        # Only answers are marked, so the marked tokens are theirs, document by document.
+        batches = self._batches(self.written, self.written_length, model.device)
+        judged = [judgement for batch in batches for judgement in model.judge(batch)]
         rounds: list[list[int]] = [[] for _ in self.answers]
         at = 0
         for index in (i for row in self.written.rows(self.written_length) for i in row):
             end = at + len(self.answers[index])
-            rounds[index] = chain_rounds(
-                correct[at:end], confident[at:end], max_draft=self.settings.max_draft, room=self.settings.max_tokens
-            )
+            rounds[index] = model.rounds(judged[at:end], self.settings.max_tokens)
             at = end
-        assert at == len(correct)
-        return rounds, sum(correct)
+        assert at == len(judged)
+        return rounds, sum(judgement[0] for judgement in judged)
 
     def _batches(self, packed: Packed, length: int, device: torch.device) -> Iterator[Batch]:
         rows = packed.rows(length)

@@ -1,24 +1,23 @@
 """Training an adapter: the draft distribution q is to imitate the frozen target's p, at the same positions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kangaroo.adapter import Adapter
+from kangaroo.drafters.chain import top_probability
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
-from kangaroo.training.evaluation import HeldOut
+from kangaroo.training.evaluation import HeldOut, Judgement, Sums
 from kangaroo.training.objective import Loss
+from kangaroo.training.pieces import LOGITS_AT_ONCE, sum_in_pieces
+from kangaroo.training.positions import learnt_positions, place_documents
 from kangaroo.training.recipe import AdapterRecipe
-from kangaroo.tree import Placement
-
-LOGITS_AT_ONCE = 1 << 26
-"""Logits held for the backward pass; beyond that they are computed again in pieces."""
+from kangaroo.training.simulate import chain_rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +106,7 @@ class Imitation:
 
     def compare(self, draft: Tensor, final: Tensor) -> Comparison:
         """Compare q and p at positions given by adapter states and target states [M, D]."""
-        size = max(1, LOGITS_AT_ONCE // self.target.vocab_size)
-        if len(draft) <= size:
-            return Comparison(*self._compare(draft, final))
-        pieces = [
-            checkpoint(self._compare, *pair, use_reentrant=False)
-            for pair in zip(torch.split(draft, size), torch.split(final, size), strict=True)
-        ]
-        return Comparison(*(torch.stack(sums).sum() for sums in zip(*pieces, strict=True)))
+        return Comparison(*sum_in_pieces(self._compare, self.target.vocab_size, draft, final))
 
     def _compare(self, draft: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weights = self.recipe.loss
@@ -127,31 +119,24 @@ class Imitation:
         loss = weights.soft_cross_entropy * cross_entropy + weights.acceptance * (len(p) - overlap)
         return loss, cross_entropy.detach(), overlap.detach(), agreement
 
-    @torch.no_grad()
-    def measure(self, batch: Batch) -> tuple[Comparison, int]:
-        """The comparison over a batch's positions, and how many those are."""
+    def measure(self, batch: Batch) -> Sums:
+        """The comparison's figures over a batch's positions."""
         mask = learnt_positions(batch)
-        return self.compare(*self._states(batch, mask)), int(mask.sum())
+        figures, count = self.compare(*self._states(batch, mask)).figures(), int(mask.sum())
+        return {name: (value, count) for name, value in figures.items()}
+
+    def judge(self, batch: Batch) -> list[Judgement]:
+        """Per marked token: would it be drafted right, and would the chain go on after the token drafted there?"""
+        mask = learnt_positions(batch)
+        logits = self.draft_logits(self.draft_states(batch, mask))
+        correct = logits.argmax(-1) == batch.tokens.roll(-1, 1)[mask]
+        confident = top_probability(logits) >= self.recipe.evaluation.threshold
+        return list(zip(correct.tolist(), confident.tolist(), strict=True))
+
+    def rounds(self, judged: Sequence[Judgement], room: int) -> list[int]:
+        """Tokens emitted by each round over the tokens of an answer."""
+        correct, confident = zip(*judged, strict=True)
+        return chain_rounds(correct, confident, max_draft=self.recipe.evaluation.max_draft, room=room)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
-
-
-def learnt_positions(batch: Batch) -> Tensor:
-    """[B, T] bool: positions whose next token is marked and in the same document."""
-    assert batch.documents is not None
-    mask = torch.zeros_like(batch.trained)
-    mask[:, :-1] = batch.trained[:, 1:] & (batch.documents[:, 1:] == batch.documents[:, :-1])
-    return mask
-
-
-def place_documents(batch: Batch) -> Placement:
-    """Documents side by side in rows, each as if it were alone: positions from 0, no sight of its neighbours."""
-    assert batch.documents is not None
-    documents = batch.documents
-    slots = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    first = torch.ones_like(documents, dtype=torch.bool)
-    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    positions = slots - torch.where(first, slots, 0).cummax(1).values
-    same = documents[:, :, None] == documents[:, None]
-    return Placement(positions, slots, same & (slots[:, None] <= slots[..., None]), positions)

@@ -1,20 +1,12 @@
 """Recipes: TOML files that say everything about a training run but where the data lies."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A table of a recipe: unknown keys are errors, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from kangaroo.toml import Count, Positive, Section, Share, Weight
 
 
 class DataSection(Section):
@@ -40,11 +32,13 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """How long: linear warm-up, constant, linear decay to zero over the last `decay_steps`."""
+    """How long: linear warm-up, constant, decay to zero over the last `decay_steps`."""
 
     steps: Positive
     warmup_steps: Count = 0
     decay_steps: Count = 0
+    decay: Literal["linear", "cosine"] = "linear"
+    """A straight line, or half a cosine wave (Loshchilov and Hutter 2017)."""
     batch_sequences: Positive = 8
     accumulate: Positive = 1
     """Micro-batches per optimiser step, each of `batch_sequences`; gradients are those of the joint batch."""
@@ -62,8 +56,8 @@ class ScheduleSection(Section):
     def learning_rate_factor(self, step: int) -> float:
         """Multiplier of the peak learning rate at optimiser step `step`, from 0."""
         warm = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
-        left = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
-        return min(1.0, warm, left)
+        left = min(1.0, (self.steps - step) / self.decay_steps) if self.decay_steps else 1.0
+        return min(warm, left if self.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def shape(self, step: int) -> tuple[int, int]:
         """(sequences, length) of a micro-batch at `step`."""
@@ -94,15 +88,24 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """Shape of a target trained from scratch (Llama architecture, byte-level BPE)."""
+    """Shape of a model trained from scratch (Llama architecture, byte-level BPE), and which tokens it has."""
 
-    vocab_size: Positive
+    vocab_size: Positive | None = None
+    """Tokens of the tokenizer that is trained along with it."""
+    tokenizer: str | None = None
+    """"demo", a folder or a hub name: take that tokenizer, and its vocabulary, instead of training one."""
     layers: Positive
     width: Positive
     mlp_width: Positive
     heads: Positive
     context: Positive
     initializer_range: float = 0.02
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self) -> Self:
+        if (self.vocab_size is None) == (self.tokenizer is None):
+            raise ValueError("give vocab_size to train a tokenizer, or tokenizer to take an existing one; not both")
+        return self
 
 
 class AdapterSection(Section):
@@ -113,6 +116,22 @@ class AdapterSection(Section):
     variant: Literal["kangaroo", "own-head", "full-layer", "mlp-only"] = "kangaroo"
     init: Literal["target", "random"] = "target"
     """Start from the attention and norm of the target's own layer at the exit, or from noise."""
+
+
+class MedusaSection(Section):
+    """What is trained, and from where."""
+
+    heads: Positive = 4
+    """Tokens predicted from one state, beyond the next."""
+    init: Literal["target", "random"] = "target"
+    """Start the heads' maps to the vocabulary from the target's own, or from noise."""
+
+
+class MedusaLossSection(Section):
+    """Cross-entropy of each head against the text."""
+
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Head i, from 0, weighs decay ** i."""
 
 
 class LossSection(Section):
@@ -141,12 +160,17 @@ class RegenerateSection(Section):
 
 
 class EvaluationSection(Section):
-    """Held-out text that the target writes once, and the drafting that is simulated on it at every evaluation."""
+    """Held-out text that the target writes once: at every evaluation, drafting is simulated on it."""
 
     prompts: Positive = 32
     max_tokens: Positive = 128
     batch: Positive = 16
     """Prompts answered together, and sequences evaluated together."""
+
+
+class ChainEvaluationSection(EvaluationSection):
+    """The same, and the chain that is simulated."""
+
     max_draft: Positive = 6
     """The paper's gamma."""
     threshold: Share = 0.6
@@ -172,14 +196,11 @@ class TargetRecipe(Recipe):
     model: ModelSection
 
 
-class AdapterRecipe(Recipe):
-    """Train an adapter for a frozen target."""
+class FrozenTargetRecipe(Recipe):
+    """What drafts for a frozen target is trained."""
 
-    kind: Literal["adapter"]
     target: str
     """"demo", a folder, or a hub name."""
-    adapter: AdapterSection
-    loss: LossSection = LossSection()
     evaluation: EvaluationSection = EvaluationSection()
     regenerate: RegenerateSection | None = None
 
@@ -192,7 +213,24 @@ class AdapterRecipe(Recipe):
         return self
 
 
-RECIPES: dict[str, type[Recipe]] = {"target": TargetRecipe, "adapter": AdapterRecipe}
+class AdapterRecipe(FrozenTargetRecipe):
+    """Train an adapter for a frozen target."""
+
+    kind: Literal["adapter"]
+    adapter: AdapterSection
+    loss: LossSection = LossSection()
+    evaluation: ChainEvaluationSection = ChainEvaluationSection()
+
+
+class MedusaRecipe(FrozenTargetRecipe):
+    """Train Medusa heads for a frozen target."""
+
+    kind: Literal["medusa"]
+    medusa: MedusaSection = MedusaSection()
+    loss: MedusaLossSection = MedusaLossSection()
+
+
+RECIPES: dict[str, type[Recipe]] = {"target": TargetRecipe, "adapter": AdapterRecipe, "medusa": MedusaRecipe}
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ def build_model(shape: ModelSection, tokenizer: Any, seed: int) -> LlamaForCausa
     """A freshly initialised causal LM of the recipe's shape."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=shape.vocab_size,
+        vocab_size=shape.vocab_size or len(tokenizer),
         hidden_size=shape.width,
         intermediate_size=shape.mlp_width,
         num_hidden_layers=shape.layers,

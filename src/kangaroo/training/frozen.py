@@ -1,0 +1,53 @@
+"""A run for a frozen target: load it, let it write what is needed, train what drafts for it, keep the best."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kangaroo import demo
+from kangaroo.errors import ConfigError
+from kangaroo.loading import load_model, load_tokenizer
+from kangaroo.model import Target
+from kangaroo.training.author import Author
+from kangaroo.training.batches import Packed
+from kangaroo.training.data import choose_documents, hash_files
+from kangaroo.training.evaluation import HeldOut
+from kangaroo.training.loop import Trainer
+from kangaroo.training.objective import Objective
+from kangaroo.training.recipe import FrozenTargetRecipe
+from kangaroo.training.report import Report
+from kangaroo.training.resume import find_progress
+
+Begin = Callable[[Target], Callable[[HeldOut], Objective]]
+"""Makes the weights to train for a target, at once; and their objective, when there is text to evaluate on."""
+
+
+def train_for_target(
+    recipe: FrozenTargetRecipe, paths: Sequence[Path], report: Report, begin: Begin, *, resume: bool
+) -> Path:
+    """Train for the recipe's target; returns the folder of the best weights."""
+    data = hash_files(paths)
+    target, tokenizer = load_target(recipe)
+    if recipe.schedule.longest > target.context:
+        raise ConfigError(
+            f"sequences of {recipe.schedule.longest} tokens exceed the target's context of {target.context} "
+            "(schedule.sequence_length)"
+        )
+    make_objective = begin(target)
+    progress = find_progress(recipe, {"data": data, "target": target.fingerprint}, resume=resume)
+    training, held_out = choose_documents(paths, recipe.data, recipe.seed)
+    author = Author(target, tokenizer, recipe, report)
+    objective = make_objective(author.held_out(held_out))
+    return Trainer(objective, Packed(author.training(training)), recipe, progress).fit(report)
+
+
+def load_target(recipe: FrozenTargetRecipe) -> tuple[Target, Any]:
+    """The frozen target and its tokenizer. Raises ModelError if they cannot be loaded."""
+    name = str(demo.TARGET) if recipe.target == "demo" else recipe.target
+    dtype = None if recipe.run.dtype == "auto" else getattr(torch, recipe.run.dtype)
+    if dtype is None and not torch.cuda.is_available():
+        dtype = torch.float32
+    model = load_model(name, dtype).requires_grad_(False)
+    return Target(model), load_tokenizer(name)

@@ -1,0 +1,123 @@
+"""Trained weights that belong to one target: a safetensors file, and a config that names the target and the bytes.
+
+What was trained for one target is useless to another, so nothing is loaded unless its folder proves that it belongs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+from kangaroo.errors import AdapterError
+from kangaroo.files import write_atomically
+from kangaroo.fingerprint import same_model
+from kangaroo.model import Target
+
+CONFIG = "config.json"
+KINDS = {"adapter.safetensors": "adapter", "heads.safetensors": "Medusa heads"}
+"""What each file of weights holds, so that a folder of the wrong kind is recognised."""
+_OF_EVERY_KIND: dict[str, type] = {"width": int, "vocab_size": int, "target_fingerprint": str, "weights_sha256": str}
+
+
+class TrainedWeights(nn.Module):
+    """A module trained for one target, made from that target and a config: a dataclass of numbers and strings."""
+
+    file: ClassVar[str]
+    """Name of its weights' file, one of KINDS."""
+    config_kind: ClassVar[type[Any]]
+
+    def __init__(self, target: Target, config: Any):
+        super().__init__()
+        self.config, self._target = config, [target]  # in a list: the target's weights are not this module's
+
+    @property
+    def target(self) -> Target:
+        """The model it was made for."""
+        return self._target[0]
+
+    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write weights and config; each file appears whole or not at all, the config last."""
+        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        write_atomically(folder / self.file, lambda part: save_file(tensors, part))
+        table = {
+            **asdict(self.config),
+            "width": self.target.width,
+            "vocab_size": self.target.vocab_size,
+            "target_fingerprint": self.target.fingerprint,
+            "weights_sha256": hashlib.sha256((folder / self.file).read_bytes()).hexdigest(),
+            "provenance": provenance,
+        }
+        write_atomically(folder / CONFIG, lambda part: part.write_text(json.dumps(table, indent=2) + "\n"))
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        """Read weights that were trained for this target, in the target's precision.
+
+        Raises AdapterError if files are missing, damaged, of another kind or hold NaN, or belong to another target.
+        """
+        own = {field.name: _json_type(get_type_hints(cls.config_kind)[field.name]) for field in fields(cls.config_kind)}
+        table = _read_config(folder, cls.file, own | _OF_EVERY_KIND)
+        for name, wanted in (("width", target.width), ("vocab_size", target.vocab_size)):
+            if table[name] != wanted:
+                raise AdapterError(f"the weights in {folder} have {name} {table[name]}, but the target has {wanted}")
+        if not same_model(table["target_fingerprint"], target.fingerprint, weights_hidden=target.hides_weights):
+            raise AdapterError(
+                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint "
+                f"{table['target_fingerprint']}, this target has {target.fingerprint}); train for this target with "
+                "`kangaroo train`"
+            )
+        module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
+        tensors = _read_weights(folder / cls.file, table["weights_sha256"])
+        missing = module.load_state_dict(tensors, strict=False)
+        if missing.missing_keys or missing.unexpected_keys:
+            names = [*missing.missing_keys, *missing.unexpected_keys]
+            raise AdapterError(f"{folder / cls.file} does not fit its config: {names[0]!r} is missing or unexpected")
+        return module.to(target.dtype).eval().requires_grad_(False)
+
+
+def _json_type(annotation: Any) -> type:
+    return str if get_origin(annotation) is Literal else annotation
+
+
+def _read_config(folder: Path, file: str, types: Mapping[str, type]) -> dict[str, Any]:
+    path = folder / CONFIG
+    others = [name for name in KINDS if name != file and (folder / name).is_file()]
+    if others and not (folder / file).is_file():
+        raise AdapterError(f"no {KINDS[file]} in {folder}: its {others[0]} says {KINDS[others[0]]}")
+    if not path.is_file():
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+        hint = f"{pickles[0].name} is a pickle, which is never loaded" if pickles else "expected config.json"
+        raise AdapterError(f"no {KINDS[file]} in {folder}: {hint}")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from None
+    if not isinstance(table, dict):
+        raise AdapterError(f"{path} is damaged: it should hold one table")
+    for name, kind in types.items():
+        if type(table.get(name)) is not kind:
+            raise AdapterError(f"{path} is damaged: {name!r} should be of type {kind.__name__}")
+    return table
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise AdapterError(f"no weights at {path}")
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged: {error}") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise AdapterError(f"{path} is damaged: its bytes are not those that config.json was written for")
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
+    return tensors
