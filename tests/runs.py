@@ -2,20 +2,35 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from functools import cache
 
-from kangaroo.decode import decode, start
+import numpy as np
+
+from kangaroo.datastore import Datastore
+import torch
+from torch.nn import functional
+
+from kangaroo.decode import decode, generate_ids, start
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.draft_model import DraftModel, DraftModelConfig
 from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo_lookup import KangarooLookup, KangarooLookupConfig
 from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
 from kangaroo.drafters.llma import LLMA, LLMAConfig
+from kangaroo.drafters.medusa import Medusa, MedusaChainConfig, MedusaTree, MedusaTreeConfig
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
+from kangaroo.drafters.rest import Rest, RestConfig
+from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
-from tiny import EXIT, make_adapter, make_draft_model
+from kangaroo.tree import sequence
+from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
+from kangaroo.suffixes import SuffixArray, join, load_sorter
+from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
+from tiny import EXIT, VOCAB, make_adapter, make_draft_model
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2], [1, 1, 2, 3, 5, 8, 13, 21, 34, 5, 8, 13, 21])
 
@@ -29,11 +44,14 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "kangaroo+lookup": lambda t: KangarooLookup(
         t, make_adapter(t), EXIT, KangarooLookupConfig(max_draft=4, threshold=0.35, max_copy=5)
     ),
+    "medusa": lambda t: Medusa(t, make_heads(t), MedusaChainConfig()),
+    "medusa-tree": lambda t: MedusaTree(t, make_heads(t), MedusaTreeConfig(top_k=3, nodes=9)),
     "draft-model": lambda t: DraftModel(
         make_draft_model(t), t.vocab_size, DraftModelConfig(first_draft=2, max_draft=5, threshold=0.1)
     ),
     "prompt-lookup": lambda t: PromptLookup(LookupConfig(max_draft=4)),
     "llma": lambda t: LLMA(LLMAConfig(max_draft=6), None),
+    "rest": lambda t: Rest(make_datastore(t), RestConfig(nodes=12, continuation=5)),
 }
 
 COPYING = {"prompt-lookup", "llma"}
@@ -88,3 +106,40 @@ def generate(
 ) -> Run:
     """Start and decode to the end."""
     return drive(target, drafter, start(target, drafter, work, eos=eos, rule=rule))
+
+
+@cache
+def make_datastore(target: Target) -> Datastore:
+    """What the target says after the prompts, every sixth token wrong, and noise that seldom says what it does."""
+    noise = np.random.default_rng(0).integers(target.vocab_size, size=(30, 100)).tolist()
+    runs = [generate(target, NoDrafter(), requests(PROMPTS, s, 40)) for s in (GREEDY, GREEDY_PENALISED, EVERYTHING)]
+    said = [[*prompt, *text] for run in runs for prompt, text in zip(PROMPTS, run.texts, strict=True)]
+    wrong = [[(token + (place % 6 == 5)) % target.vocab_size for place, token in enumerate(text)] for text in said]
+    return Datastore(index([*wrong, *noise], target.vocab_size), target.vocab_size)
+
+
+def index(documents: Sequence[Sequence[int]], vocab_size: int) -> SuffixArray:
+    """A suffix array in memory."""
+    tokens = join(documents, vocab_size)
+    return SuffixArray(tokens, load_sorter()(tokens), vocab_size)
+
+
+@cache
+@torch.inference_mode()
+def make_heads(target: Target, heads: int = 3) -> MedusaHeads:
+    """Heads that have seen the texts of PROMPTS, as the best linear maps to their tokens, and are still often wrong."""
+    medusa = MedusaHeads(target, MedusaConfig(heads=heads)).to(target.dtype).eval().requires_grad_(False)
+    medusa.initialise(0, from_target=True)
+    states, tokens = list[torch.Tensor](), list[torch.Tensor]()
+    for sampling in (GREEDY, GREEDY_PENALISED, EVERYTHING):
+        answers = generate_ids(target, NoDrafter(), PROMPTS, sampling, max_tokens=20)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            text = torch.tensor([*prompt, *answer])
+            x, _ = target.run(target.embed(text[None]), sequence(1, len(text)), None)
+            states.append(target.norm(x)[0])
+            tokens.append(functional.one_hot(text, VOCAB).to(x.dtype))
+    for head, own in enumerate(medusa.maps):
+        known = torch.cat([x[: -2 - head] for x in states])
+        wanted = torch.cat([one_hot[2 + head :] for one_hot in tokens])
+        own.weight.copy_(8 * torch.linalg.lstsq(known, wanted).solution.T)
+    return medusa

@@ -154,7 +154,7 @@ def test_reasons_for_stopping_are_told_apart() -> None:
 def test_nothing_is_drafted_that_could_not_be_emitted() -> None:
     """A round emits the drafts and one token more, so the last token of a row is never drafted."""
     model = target("llama")
-    for name in set(DRAFTERS) - {"none", "kangaroo-tree", "early-exit-tree"}:
+    for name in set(DRAFTERS) - {"none", "kangaroo-tree", "early-exit-tree", "rest"}:
         run = generate(model, DRAFTERS[name](model), requests(PROMPTS, EVERYTHING, 9))
         for rounds, drafted in zip(run.rounds, run.drafted, strict=True):
             room = 9
@@ -280,7 +280,7 @@ def test_drafts_keep_within_the_nodes_they_announce(name: str) -> None:
     def watched(state: State) -> Draft:
         made = draft(state)
         sizes.append(made.tokens.shape[1])
-        assert made.is_chain == ("tree" not in name or made.depth == 0)
+        assert name == "rest" or made.is_chain == ("tree" not in name or made.depth == 0)
         return made
 
     drafter.draft = watched  # type: ignore[method-assign]

@@ -17,17 +17,19 @@ import kangaroo.accept
 import kangaroo.drafters.chain as chain_drafter
 from kangaroo.accept import clip, reject
 from kangaroo.cache import KVCache
+from kangaroo.datastore import Datastore
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
+from kangaroo.drafters.rest import Rest, RestConfig
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.sampling import Prefix, Sampler, Sampling, Stream, gumbel
 from kangaroo.state import Request, State
 from kangaroo.tree import Draft, Stop, chain, place_chain
 from oracle import EVERYTHING, reference_scores
-from runs import generate
+from runs import generate, index
 from tiny import build, make_adapter
 
 CPU, VOCAB = torch.device("cpu"), 61
@@ -301,6 +303,12 @@ def tree() -> Drafter:
     return KangarooTree(target, make_adapter(target, 1), 1, TreeConfig(top_k=3, max_draft=2, threshold=0))
 
 
+def copied_tree() -> Drafter:
+    """Certain of what it found: no probabilities, and most of it wrong."""
+    texts = torch.randint(SMALL, (20, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    return Rest(Datastore(index(texts, SMALL), SMALL), RestConfig(nodes=6, continuation=2, shortest=1, longest=2))
+
+
 def greedy_choice(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """The best token, honestly said to be certain."""
     nodes = tokens.shape[1]
@@ -324,7 +332,7 @@ def test_noise_that_ignores_the_position_is_found_out(monkeypatch: pytest.Monkey
     assert sample(NoDrafter(), "match") > BROKEN
 
 
-@pytest.mark.parametrize("make", [sampled_chain, confident_chain, tree])
+@pytest.mark.parametrize("make", [sampled_chain, confident_chain, tree, copied_tree])
 def test_rejection_sampling_draws_from_the_models_distribution(make: Callable[[], Drafter]) -> None:
     assert sample(make(), "reject") < CHANCE
 

@@ -55,7 +55,7 @@ class SuffixArray:
     def continuations(self, length: int, places: range, width: int, most: int) -> Ids:
         """[n, width] the tokens after runs of `length` at `places`; of more than `most` places, evenly spread ones.
 
-        Rows are in order. Whatever follows an id of `vocab_size` belongs to another document.
+        Rows are in order. An id of `vocab_size` ends a document: what follows it means nothing.
         """
         count = min(len(places), most)
         chosen = places.start + np.arange(count) * len(places) // count
