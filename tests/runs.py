@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from functools import cache
 
 import numpy as np
-
-from kangaroo.datastore import Datastore
 import torch
 from torch.nn import functional
 
+from kangaroo.datastore import Datastore
 from kangaroo.decode import decode, generate_ids, start
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.draft_model import DraftModel, DraftModelConfig
@@ -26,9 +24,8 @@ from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
-from kangaroo.tree import sequence
-from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
 from kangaroo.suffixes import SuffixArray, join, load_sorter
+from kangaroo.tree import sequence
 from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
 from tiny import EXIT, VOCAB, make_adapter, make_draft_model
 

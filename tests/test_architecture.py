@@ -42,6 +42,7 @@ ORDER = [
     "drafters.kangaroo",
     "drafters.kangaroo_tree",
     "drafters.kangaroo_lookup",
+    "drafters.medusa",
     "drafters.draft_model",
     "drafters.prompt_lookup",
     "drafters.llma",

@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kangaroo.drafters import draft_model, kangaroo, kangaroo_lookup, kangaroo_tree, llma, none, prompt_lookup, rest
+from kangaroo.drafters import (
+    draft_model,
+    kangaroo,
+    kangaroo_lookup,
+    kangaroo_tree,
+    llma,
+    medusa,
+    none,
+    prompt_lookup,
+    rest,
+)
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.settings import Settings
 from kangaroo.errors import ConfigError
@@ -28,6 +38,8 @@ DRAFTERS: dict[str, Entry] = {
     "kangaroo+lookup": Entry(kangaroo_lookup.build, "adapter"),
     "early-exit": Entry(kangaroo.build_early_exit),
     "early-exit-tree": Entry(kangaroo_tree.build_early_exit),
+    "medusa": Entry(medusa.build, "heads"),
+    "medusa-tree": Entry(medusa.build_tree, "heads"),
     "draft-model": Entry(draft_model.build, "draft_model"),
     "prompt-lookup": Entry(prompt_lookup.build),
     "llma": Entry(llma.build),
