@@ -1,0 +1,96 @@
+"""The file of records: appended to block by block, and picked up again after any kind of end."""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kangaroo.bench.questions import QuestionId
+from kangaroo.bench.records import RECORDS, Record, read_records
+from kangaroo.errors import ConfigError
+from kangaroo.files import write_atomically
+
+
+class Journal:
+    """The records of a run. A question's answers by all methods in one repeat are there together, or not at all."""
+
+    def __init__(self, folder: Path, methods: Sequence[str]):
+        """Of records that a run left behind, those of a question that some method has not answered are dropped."""
+        self.path, self._methods = folder / RECORDS, frozenset(methods)
+        self.records = self._recover()
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def has(self, question: QuestionId, repeat: int) -> bool:
+        """Whether every method has answered a question in a repeat."""
+        return (question, repeat) in self._done
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add the answers of all methods to one or more questions; they are on the disk when this returns."""
+        data = _lines(records)
+        # One write, so that a process that is killed leaves a torn last line at worst.
+        if os.write(self._file, data) < len(data):
+            raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
+        os.fsync(self._file)
+        self.records += records
+        self._done |= _complete(records, self._methods)
+
+    def close(self) -> None:
+        """Nothing is appended any more."""
+        os.close(self._file)
+
+    def _recover(self) -> list[Record]:
+        self._done: set[tuple[QuestionId, int]] = set()
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            self._rewrite(whole)
+        records = read_records(self.path.parent)
+        self._done = _complete(records, self._methods)
+        kept = [record for record in records if (record.question, record.repeat) in self._done]
+        if len(kept) < len(records):
+            self._rewrite(_lines(kept))
+        return kept
+
+    def _rewrite(self, content: bytes) -> None:
+        write_atomically(self.path, lambda part: part.write_bytes(content))
+
+
+def _lines(records: Sequence[Record]) -> bytes:
+    # Plain ASCII, in which only the end of a record can look like the end of a line.
+    rows = (json.dumps(record.model_dump(mode="json"), separators=(",", ":")) for record in records)
+    return "".join(f"{row}\n" for row in rows).encode("ascii")
+
+
+def _complete(records: Sequence[Record], methods: frozenset[str]) -> set[tuple[QuestionId, int]]:
+    """Questions and repeats that every method has answered."""
+    seen: dict[tuple[QuestionId, int], set[str]] = {}
+    for record in records:
+        seen.setdefault((record.question, record.repeat), set()).add(record.method)
+    return {key for key, answered in seen.items() if answered >= methods}
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run's folder. Raises ConfigError if one is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{folder} is a file; --output names a folder") from None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it does
+    except BlockingIOError:
+        raise ConfigError(f"another process is writing to {folder}; wait for it, or give a new --output") from None

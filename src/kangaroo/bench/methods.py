@@ -1,0 +1,55 @@
+"""What a benchmark compares: ways to answer a batch of prompts, each telling where its time went."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from kangaroo.sampling import Sampling
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """One row's answer. Seconds are those of the batch, divided equally among its rows."""
+
+    tokens: list[int]
+    """Every emitted token, an end-of-sequence token included."""
+    finish_reason: str
+    """"stop" or "length"."""
+    prefill: float
+    draft: float
+    verify: float
+    rest: float
+    emitted: list[int]
+    """Tokens emitted by each round; empty where a method does not tell."""
+    drafted: list[int] = field(default_factory=list)
+    """Tokens drafted in each round; likewise."""
+    stops: list[str] = field(default_factory=list)
+    """Why drafting stopped in each round; likewise."""
+    peak_bytes: int | None = None
+    """Most device memory allocated meanwhile; None on a CPU, which does not tell."""
+
+
+class Method(Protocol):
+    """A way to answer."""
+
+    def answer(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_tokens: int) -> list[Measured]:
+        """Answer prompts as one batch, timed from the first pass over them to their last tokens."""
+        ...
+
+
+def finish_reason(tokens: Sequence[int], eos: Sequence[int]) -> str:
+    """Why an answer ended."""
+    return "stop" if tokens[-1] in eos else "length"
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to look for the most memory a GPU has allocated."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory a GPU has allocated since; None on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None

@@ -1,0 +1,121 @@
+"""What a run's records come from, written beside them; and whether a run may go on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kangaroo.bench.recipe import BenchRecipe
+from kangaroo.bench.records import RECORDS
+from kangaroo.decoder import Decoder
+from kangaroo.drafters import find_drafter
+from kangaroo.environment import commit, machine, versions
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.files import write_atomically
+from kangaroo.toml import parse_table
+
+PROVENANCE = "provenance.json"
+FIXED = ("questions", "fingerprint", "files", "dtype", "device", "threads", "versions", "machine")
+"""Facts that must be the same when a run goes on. A new commit is noted instead."""
+FREE = frozenset({"output", "model", "questions"})
+"""Keys of the recipe that may change all the same: names of things that are compared by content."""
+
+Facts = dict[str, Any]
+
+
+def describe_run(recipe: BenchRecipe, decoder: Decoder, questions: bytes) -> Facts:
+    """The facts of a run that starts now; `questions` is the content of their file."""
+    head, dirty = commit()
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": recipe.model_dump(mode="json"),
+        "questions": hashlib.sha256(questions).hexdigest(),
+        "fingerprint": decoder.target.fingerprint,
+        "files": _files(recipe, decoder),
+        "dtype": str(decoder.target.dtype).removeprefix("torch."),
+        "device": str(decoder.target.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "machine": machine(),
+        "commit": head,
+        "dirty": dirty,
+        "resumed": [],
+    }
+
+
+def find_run(folder: Path, facts: Facts) -> Facts | None:
+    """The facts of the run that has started in a folder, if one has.
+
+    Raises ConfigError unless `facts` are of the same run, and for records that nothing is known of; DataError for a
+    damaged file.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        if (folder / RECORDS).exists():
+            raise ConfigError(f"{folder} holds records but no {PROVENANCE}; give a new --output")
+        return None
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); restore it, or give a new --output") from None
+    _refuse_another_run(before, facts, path)
+    return before
+
+
+def resumed(before: Facts, facts: Facts) -> Facts:
+    """The facts of a run that goes on, with a note of when and at which commit."""
+    note = {"at": facts["started"], "commit": facts["commit"], "dirty": facts["dirty"]}
+    return before | {"resumed": [*before["resumed"], note]}
+
+
+def write_facts(folder: Path, facts: Facts) -> None:
+    """Write them down."""
+    text = json.dumps(facts, indent=2) + "\n"
+    write_atomically(folder / PROVENANCE, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _refuse_another_run(before: Facts, now: Facts, path: Path) -> None:
+    # Parsed again, so that a key that did not exist when the run started counts as having had its default.
+    recipe = parse_table(BenchRecipe, before["recipe"], str(path)).model_dump(mode="json")
+    pairs = [(f"recipe's {key}", recipe[key], value) for key, value in now["recipe"].items() if key not in FREE]
+    pairs += [(name, before[name], now[name]) for name in FIXED]
+    for name, was, is_ in pairs:
+        if was != is_:
+            raise ConfigError(
+                f"{path.parent} holds another run: its {name} was {_shown(was, is_)}, now it is {_shown(is_, was)}; "
+                "restore it to go on, or give a new --output"
+            )
+
+
+def _shown(value: Any, other: Any) -> str:
+    """A value, of a mapping only the first entry that the other one has not."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = next(({key: value.get(key)} for key in {**value, **other} if value.get(key) != other.get(key)), value)
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _files(recipe: BenchRecipe, decoder: Decoder) -> dict[str, str]:
+    """SHA-256 of what each method was trained or built with, by method, where it lies on this disk."""
+    digests = {}
+    for method in recipe.methods:
+        key = find_drafter(method.drafter).files if method.drafter else "draft_model"
+        path = method.settings.get(key, decoder.files.get(key)) if key else None
+        if path is not None and Path(path).exists():
+            digests[method.name] = _digest(Path(path))
+    return digests
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files and their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.relative_to(path).as_posix().encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""From a benchmark recipe to a folder of records: all methods on all questions, interleaved, in one process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from kangaroo import demo
+from kangaroo.bench.answers import write_answers
+from kangaroo.bench.asking import Asker
+from kangaroo.bench.bound import method_costs
+from kangaroo.bench.drafted import Drafted
+from kangaroo.bench.fetch import fetch
+from kangaroo.bench.formats import read_questions
+from kangaroo.bench.journal import Journal, claim
+from kangaroo.bench.methods import Method
+from kangaroo.bench.peers import make_peer
+from kangaroo.bench.provenance import Facts, describe_run, find_run, resumed, write_facts
+from kangaroo.bench.questions import Question, in_running_order
+from kangaroo.bench.recipe import BenchRecipe
+from kangaroo.bench.records import BASELINE, Record
+from kangaroo.decoder import Decoder, load
+from kangaroo.errors import ConfigError
+
+Report = Callable[[int, int], None]
+"""Is told how many questions of how many have been answered by all methods, repeats counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Questions that are answered as one batch, in one repeat."""
+
+    questions: Sequence[Question]
+    repeat: int
+    rotation: int
+    """How far the order of the methods is turned: by one from block to block, and from repeat to repeat."""
+
+
+def run_bench(
+    recipe: BenchRecipe, *, limit: int | None = None, report: Report = lambda done, total: None
+) -> list[Record]:
+    """Measure what the recipe describes, on at most `limit` of its questions; returns all records in its folder.
+
+    What the folder holds already is not measured again, so the same call goes on after an interruption, and a larger
+    limit adds to a smaller one's records. An error in a method ends the run; what was recorded before stays.
+
+    Raises ConfigError for settings that cannot be and for a folder of another run, DataError for the questions.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {limit}")
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    source = str(demo.PROMPTS) if recipe.questions == "demo" else recipe.questions
+    content = fetch(source)
+    questions = in_running_order(read_questions(content, source, recipe.split))[:limit]
+    decoder = load(recipe.model, drafter="none", dtype=recipe.torch_dtype)
+    drafting = {m.name: decoder.with_drafter(m.drafter, **m.settings) for m in recipe.methods if m.drafter}
+    asker = Asker(decoder, _methods(recipe, decoder, drafting), recipe)
+    with claim(recipe.output):
+        facts = describe_run(recipe, decoder, content)
+        before = find_run(recipe.output, facts)
+        with closing(Journal(recipe.output, [BASELINE, *(method.name for method in recipe.methods)])) as journal:
+            blocks = list(_blocks(recipe, questions, journal))
+            facts = facts | {"costs": _costs(drafting)} if before is None else resumed(before, facts)
+            if blocks:
+                write_facts(recipe.output, facts)
+            _measure(asker, blocks, journal, len(questions) * recipe.repeats, report)
+            write_answers(recipe.output, journal.records, decoder.tokenizer, facts["started"])
+            return journal.records
+
+
+def _methods(recipe: BenchRecipe, decoder: Decoder, drafting: dict[str, Decoder]) -> dict[str, Method]:
+    methods: dict[str, Method] = {BASELINE: Drafted(decoder)}
+    for method in recipe.methods:
+        if method.name in drafting:
+            methods[method.name] = Drafted(drafting[method.name])
+        else:
+            methods[method.name] = make_peer(decoder, method.settings, recipe.batch)
+    return methods
+
+
+def _blocks(recipe: BenchRecipe, questions: Sequence[Question], journal: Journal) -> Iterator[Block]:
+    """What is still to be done. Repeats come one after the other, so that every question is met early."""
+    for repeat in range(recipe.repeats):
+        for first in range(0, len(questions), recipe.batch):
+            batch = questions[first : first + recipe.batch]
+            missing = [question for question in batch if not journal.has(question.id, repeat)]
+            if missing:
+                yield Block(missing, repeat, first // recipe.batch + repeat)
+
+
+def _measure(asker: Asker, blocks: Sequence[Block], journal: Journal, total: int, report: Report) -> None:
+    done = total - sum(len(block.questions) for block in blocks)
+    report(done, total)
+    for block in blocks:
+        journal.append(asker.ask(block.questions, block.repeat, block.rotation))
+        done += len(block.questions)
+        report(done, total)
+
+
+def _costs(drafting: dict[str, Decoder]) -> Facts:
+    """What drafting costs, by method, for those whose rounds can be priced."""
+    found = {name: method_costs(decoder) for name, decoder in drafting.items()}
+    return {name: costs.model_dump(mode="json") for name, costs in found.items() if costs is not None}
