@@ -27,7 +27,10 @@ class Difference(_Row):
 
 
 class Turn(_Row):
-    """One answer. Times are in seconds, of a device that was waited for."""
+    """One answer. Times are in seconds, of a device that was waited for; rows of a batch share its seconds equally.
+
+    transformers' own generate does not tell its phases apart: its time is all `rest`, and it has no `drafted`, `stops`.
+    """
 
     prompt_tokens: int
     dropped_tokens: int
@@ -52,7 +55,8 @@ class Turn(_Row):
     peak_bytes: int | None = None
     """Most device memory allocated during the turn; None where the device does not tell."""
     difference: Difference | None = None
-    """From the baseline's answer of the same repeat; None if identical, or if this is the baseline."""
+    """From the baseline's answer of the same repeat; None if identical, if this is the baseline, or if an earlier turn's
+    difference had changed the prompt."""
 
     @property
     def seconds(self) -> float:
