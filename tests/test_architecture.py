@@ -31,6 +31,7 @@ ORDER = [
     "weights",
     "adapter",
     "medusa",
+    "parameters",
     "loading",
     "drafters.base",
     "drafters.settings",

@@ -14,10 +14,12 @@ from kangaroo.training.author import Author
 from kangaroo.training.batches import Packed
 from kangaroo.training.data import choose_documents
 from kangaroo.training.frozen import load_target
+from kangaroo.training.heads import LaterTokens
 from kangaroo.training.imitation import Imitation
+from kangaroo.training.medusa import new_heads
 from kangaroo.training.metrics import METRICS, read_metrics
 from kangaroo.training.reading import read_recipe
-from kangaroo.training.recipe import AdapterRecipe
+from kangaroo.training.recipe import AdapterRecipe, MedusaRecipe
 from kangaroo.training.run import train
 from kangaroo.training.tokenizer import train_tokenizer
 
@@ -53,6 +55,38 @@ prompts = 4
 max_tokens = 12
 batch = 3
 threshold = 0.3
+"""
+
+MEDUSA = """
+kind = "medusa"
+target = "{target}"
+output = "{output}"
+
+[medusa]
+heads = 3
+
+[data]
+held_out = 6
+
+[optimizer]
+learning_rate = 5e-3
+
+[schedule]
+steps = 8
+warmup_steps = 2
+decay_steps = 6
+decay = "cosine"
+batch_sequences = 2
+sequence_length = 64
+
+[run]
+checkpoint_every = 3
+evaluate_every = 2
+
+[evaluation]
+prompts = 4
+max_tokens = 12
+batch = 3
 """
 
 TARGET = """
@@ -162,3 +196,14 @@ def build(run: Lesson, **overrides: Any) -> tuple[Imitation, Packed]:
     training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
     author = Author(target, tokenizer, recipe, lambda _: None)
     return Imitation(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
+
+
+def build_medusa(run: Lesson, **overrides: Any) -> tuple[LaterTokens, Packed]:
+    """The same for heads."""
+    recipe = read_recipe(run.recipe, dotted(overrides))
+    assert isinstance(recipe, MedusaRecipe)
+    target, tokenizer = load_target(recipe)
+    training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
+    author = Author(target, tokenizer, recipe, lambda _: None)
+    objective = LaterTokens(target, new_heads(target, recipe), author.held_out(held_out), recipe)
+    return objective, Packed(author.training(training))

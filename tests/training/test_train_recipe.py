@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import lesson
 import pytest
+import torch
 from lesson import Lesson
+from transformers import get_cosine_schedule_with_warmup
 
 from kangaroo.errors import ConfigError
 from kangaroo.training.reading import read_recipe
@@ -35,6 +38,7 @@ def test_shipped_recipes_are_valid(name: str, kind: str) -> None:
         ("run__compile", True, "run.compile is for targets"),
         ("evaluation__prompts", 99, "evaluation.prompts is 99, more than data.held_out"),
         ("kind", "adaptor", "kind must be one of target, adapter, medusa, got 'adaptor'"),
+        ("schedule__decay", "step", "schedule.decay: .*'linear' or 'cosine', got 'step'"),
         ("target__name", "x", "'target' is not a section"),
         ("loss__acceptance", float("nan"), "loss.acceptance: .*finite"),
     ],
@@ -65,3 +69,24 @@ def test_schedule() -> None:
     factors = [schedule.learning_rate_factor(step) for step in range(10)]
     assert factors == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert [schedule.shape(4), schedule.shape(5)] == [(8, 256), (2, 1024)]
+
+
+def test_cosine_decay() -> None:
+    """From the peak to zero over the last steps, as transformers' schedule with the same warm-up."""
+    schedule = ScheduleSection(steps=20, warmup_steps=4, decay_steps=16, decay="cosine")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, 4, 20)
+    for step in range(20):
+        # Theirs starts the warm-up at zero, one step earlier.
+        wanted = (step + 1) / 4 if step < 4 else theirs.get_last_lr()[0]
+        assert schedule.learning_rate_factor(step) == pytest.approx(wanted)
+        optimizer.step()
+        theirs.step()
+    late = ScheduleSection(steps=10, decay_steps=4, decay="cosine")
+    assert [late.learning_rate_factor(step) for step in (0, 6, 8)] == pytest.approx([1, 1, 0.5])
+
+
+@pytest.mark.parametrize("change", [{"model.tokenizer": "demo"}, {"model.vocab_size": None}])
+def test_a_target_has_one_vocabulary(make_lesson: MakeLesson, change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="model: give vocab_size to train a tokenizer, or tokenizer to take"):
+        read_recipe(make_lesson(lesson.TARGET).recipe, change)

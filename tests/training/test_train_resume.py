@@ -71,6 +71,17 @@ def test_killed_run_resumes_bit_for_bit(make_lesson: MakeLesson, uninterrupted: 
     assert best_bytes(run) == best_bytes(uninterrupted)
 
 
+@pytest.mark.parametrize(("stage", "step"), [("train", 5), ("evaluate", 6)])
+def test_killed_medusa_run_resumes_bit_for_bit(make_lesson: MakeLesson, stage: str, step: int) -> None:
+    whole, run = make_lesson(lesson.MEDUSA), make_lesson(lesson.MEDUSA)
+    whole.train()
+    assert in_child(lambda: run.train(report=die_at(stage, step))) == -signal.SIGKILL
+    run.train(resume=True)
+    assert run.rows() == whole.rows()
+    files = [(folder.output / "best" / "heads.safetensors").read_bytes() for folder in (run, whole)]
+    assert files[0] == files[1]
+
+
 def test_killed_while_saving(make_lesson: MakeLesson, uninterrupted: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
     run, real = make_lesson(), checkpoint.save_file
 
@@ -209,6 +220,8 @@ def test_refuses_what_is_not_the_same_run(make_lesson: MakeLesson) -> None:
         run.train(schedule__steps=2)
     with pytest.raises(ConfigError, match=r"optimizer\.learning_rate was 0\.005 .* now it is 0\.1"):
         run.train(resume=True, optimizer__learning_rate=0.1)
+    with pytest.raises(ConfigError, match=r"schedule\.decay was 'linear' .* now it is 'cosine'"):
+        run.train(resume=True, schedule__decay="cosine")
     with pytest.raises(ConfigError, match=r"2 steps are done, more than schedule\.steps = 1"):
         run.train(resume=True, schedule__steps=1)
     lesson.write_rows(run.data, lesson.conversations(41))
