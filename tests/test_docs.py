@@ -28,6 +28,7 @@ DATA = {
     "prompts.jsonl": "Evaluation prompts in six kinds",
     "target": "The demo target and its tokenizer",
     "adapter": "Its adapter",
+    "page.html.j2": "The template of the page",
 }
 WIDTH = 120
 

@@ -190,3 +190,4 @@ def test_weights_that_a_draft_step_reads_are_counted(tmp_path: Path) -> None:
     assert costs.measured is not None
     assert set(costs.measured.verify) == set(range(1, 8))
     assert method_costs(decoder.plain()) is None
+    assert method_costs(decoder.with_drafter("prompt-lookup")) == MethodCosts(draft_share=0.0)

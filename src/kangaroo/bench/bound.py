@@ -10,13 +10,17 @@ bound knows of prefill, so both belong beside the speed-up of decoding alone.
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
 
 from kangaroo.bench.cost import Costs, measure_costs
 from kangaroo.bench.statistics import Summary
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.kangaroo import Kangaroo
-from kangaroo.drafters.self_draft import SelfDraft
+from kangaroo.drafters.llma import LLMA
+from kangaroo.drafters.prompt_lookup import PromptLookup
+from kangaroo.drafters.rest import Rest
+
+COPYING = (PromptLookup, LLMA, Rest)
+"""What drafts without a model."""
 
 
 class MethodCosts(BaseModel):
@@ -49,24 +53,12 @@ def bounds(summary: Summary, costs: MethodCosts | None) -> Bounds:
 
 
 def method_costs(decoder: Decoder) -> MethodCosts | None:
-    """Count and time what the rounds of a self-drafted chain cost; None for other drafters.
+    """What the rounds of a decoder's drafter cost: counted, and for a self-drafted chain timed too.
 
-    A tree runs one draft pass per level, which records do not tell, so its bound stays unknown.
+    None where records do not tell how often weights were read to draft: a tree drafts several tokens in one pass.
     """
     drafter = decoder.make_drafter()
-    if not isinstance(drafter, Kangaroo):
-        return None
-    return MethodCosts(draft_share=weight_share(drafter.model), measured=measure_costs(decoder, nodes=drafter.nodes))
-
-
-def weight_share(model: SelfDraft) -> float:
-    """Weights read to draft one token over those of a plain step; embeddings are looked up, not read."""
-    target, adapter = model.target, model.adapter
-    own_head = adapter is not None and adapter.head is not None
-    draft = _size(*target.layers[: model.exit_layer], *([adapter] if adapter else []))
-    head = _size(target.head)
-    return (draft + (0 if own_head else head)) / (_size(*target.layers) + head)
-
-
-def _size(*modules: nn.Module) -> int:
-    return sum(weight.numel() for module in modules for weight in module.parameters())
+    if isinstance(drafter, Kangaroo):
+        measured = measure_costs(decoder, nodes=drafter.nodes)
+        return MethodCosts(draft_share=drafter.model.weight_share, measured=measured)
+    return MethodCosts(draft_share=0.0) if isinstance(drafter, COPYING) else None

@@ -11,6 +11,7 @@ the ratio of the two means. The two files are read apart: an answer that is miss
 together. A question that only one file answers, or that was answered by an error, is refused.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kangaroo.bench.formats.spec_bench import task_of
 from kangaroo.bench.published import in_order
 from kangaroo.errors import DataError
 
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-"""The categories that make up the subtask mt_bench; every other subtask is one category."""
 FAILED = "ERROR"
 """What the original writes in place of a turn that raised, beside the tokens and the time of another turn."""
 
@@ -50,7 +50,7 @@ class AnswerRow(BaseModel):
     @property
     def task(self) -> str:
         """The subtask that its category belongs to."""
-        return "mt_bench" if self.category in MT_BENCH else self.category
+        return task_of(self.category)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,8 @@ def legacy(
     accepted = [length for row in method for length in row.choices[0].accept_lengths]
     # numpy's mean adds in pairs; another way of adding would differ in the last digits.
     speed, plain_speed = float(np.array(speeds).mean()), float(np.array(plain).mean())
-    return Count(speed, plain_speed, speed / plain_speed, float(np.mean(accepted)) if accepted else None)
+    speedup = speed / plain_speed if plain_speed else math.inf  # answers of one token each count as none
+    return Count(speed, plain_speed, speedup, float(np.mean(accepted)) if accepted else None)
 
 
 def corrected(method: Sequence[AnswerRow], baseline: Sequence[AnswerRow]) -> Count:

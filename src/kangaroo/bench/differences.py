@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import Record
 
 
@@ -12,7 +13,7 @@ class FirstDifference:
 
     method: str
     task: str
-    question: int | str
+    question: QuestionId
     repeat: int
     turn: int
     """From 0; what comes after it had another prompt already."""

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kangaroo.bench.published import in_order
+from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE, Record
 from kangaroo.errors import DataError
 
-QuestionId = int | str
 OVERALL = "overall"
 """All tasks together, where figures are given by task."""
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from kangaroo.bench.bootstrap import RESAMPLES, Array, interval, resample_totals
 from kangaroo.bench.differences import FirstDifference, first_difference
-from kangaroo.bench.grid import OVERALL, Grid, QuestionId
+from kangaroo.bench.grid import OVERALL, Grid
+from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE
 
 PHASES = ("prefill", "draft", "verify", "rest")

@@ -1,0 +1,77 @@
+"""The report of one or more runs: Markdown, and a page that needs nothing but itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kangaroo.bench.plots import Plot, make_plots
+from kangaroo.bench.results import Run
+from kangaroo.bench.tables import Table, make_tables, to_markdown
+from kangaroo.bench.words import facts, lead
+
+TITLE = "Speculative decoding, measured"
+INTRODUCTION = (
+    "Speculative decoding drafts tokens cheaply and has the model check several of them in one pass. Here every method "
+    "answers the same questions as plain decoding, in turn with it, on the same weights and the same machine."
+)
+WARNING = "Compare within a run only: {}."
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A table with the plots that show it."""
+
+    table: Table
+    plots: list[Plot]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One run."""
+
+    name: str
+    lead: str
+    parts: list[Part]
+    facts: list[tuple[str, str]]
+
+
+def to_page(runs: Sequence[Run], mixture: str | None) -> str:
+    """One HTML document; `mixture` says how runs differ that should not (`find_mixture`).
+
+    Raises ConfigError if matplotlib is not installed.
+    """
+    sections = [_section(run, f"run{place}") for place, run in enumerate(runs, 1)]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    page: Any = environment.get_template("page.html.j2")
+    return str(
+        page.render(
+            title=TITLE,
+            introduction=INTRODUCTION,
+            warning=WARNING.format(mixture) if mixture else "",
+            sections=sections,
+        )
+    )
+
+
+def _section(run: Run, prefix: str) -> Section:
+    plots = make_plots(run, prefix)
+    parts = [Part(table, plots.get(table.key, [])) for table in make_tables(run)]
+    return Section(run.name, lead(run), parts, facts(run.provenance))
+
+
+def to_document(runs: Sequence[Run], mixture: str | None) -> str:
+    """The same without plots, in Markdown."""
+    blocks = [f"# {TITLE}\n\n{INTRODUCTION}\n", *([f"**{WARNING.format(mixture)}**\n"] if mixture else [])]
+    for run in runs:
+        lines = "".join(f"- {name}: {text}\n" for name, text in facts(run.provenance))
+        blocks += [f"## {run.name}\n\n{lead(run)}\n", to_markdown(make_tables(run)), f"### Provenance\n\n{lines}"]
+    return "\n".join(blocks)

@@ -1,0 +1,153 @@
+"""Runs read back from their folders: summaries, what they come from, and whether two of them may share a report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from kangaroo import demo
+from kangaroo.bench.answers import ANSWERS
+from kangaroo.bench.bound import Bounds, MethodCosts, bounds
+from kangaroo.bench.counting import Count, by_task, corrected, legacy, read_answers
+from kangaroo.bench.grid import OVERALL, Grid, arrange
+from kangaroo.bench.provenance import PROVENANCE
+from kangaroo.bench.records import BASELINE, read_records
+from kangaroo.bench.statistics import Summary, summarise
+from kangaroo.errors import DataError
+from kangaroo.loading import load_tokenizer
+
+ALIKE = ("machine", "commit", "dirty", "versions")
+"""What must be the same for figures to stand side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class BothCounts:
+    """The same answers as the original's script counts them, and as they should be counted."""
+
+    legacy: Count
+    corrected: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One benchmark run."""
+
+    name: str
+    grid: Grid
+    summaries: dict[str, dict[str, Summary]]
+    """By method, the baseline first, and task, OVERALL last."""
+    provenance: dict[str, Any]
+    costs: dict[str, MethodCosts]
+    """By method, where they are known."""
+    counts: dict[str, dict[str, BothCounts]]
+    """By method and task; empty unless asked for."""
+
+    @property
+    def methods(self) -> list[str]:
+        """All but the baseline."""
+        return [method for method in self.summaries if method != BASELINE]
+
+    @property
+    def tasks(self) -> list[str]:
+        """With OVERALL last, unless there is one task only."""
+        return [*self.grid.tasks, OVERALL] if len(self.grid.tasks) > 1 else list(self.grid.tasks)
+
+    @property
+    def baseline(self) -> Summary:
+        """Plain decoding on all tasks."""
+        return self.summaries[BASELINE][OVERALL]
+
+    def overall(self) -> list[Summary]:
+        """Every method but the baseline on all tasks."""
+        return [self.summaries[method][OVERALL] for method in self.methods]
+
+    def bounds(self, summary: Summary) -> Bounds:
+        """How fast the rounds of one of the summaries could have been."""
+        return bounds(summary, self.costs.get(summary.method))
+
+
+def read_runs(folders: Sequence[Path], *, count: bool = False) -> list[Run]:
+    """Read runs' folders; `count` also counts their answer files in both ways, which needs the models' tokenizers.
+
+    Raises DataError for a folder that is incomplete or damaged, or given twice; ModelError for a missing tokenizer.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise DataError(f"{folders[place]} is given twice")
+    names = [path.name for path in paths]
+    # Folders of one name in different places are called by the whole path.
+    shown = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    return [read_run(path, name, count=count) for name, path in zip(shown, paths, strict=True)]
+
+
+def read_run(folder: Path, name: str, *, count: bool = False) -> Run:
+    """One of them."""
+    grid, provenance = arrange(read_records(folder)), read_provenance(folder)
+    try:
+        costs = TypeAdapter(dict[str, MethodCosts]).validate_python(provenance.get("costs", {}))
+    except ValidationError as error:
+        raise DataError(f"{folder / PROVENANCE}: costs: {error.errors()[0]['msg']}") from None
+    counts = count_answers(folder, grid.methods, provenance) if count else {}
+    return Run(name, grid, summarise(grid), provenance, costs, counts)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a run comes from. Raises DataError if that was not written down."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        raise DataError(f"{folder} does not say where its records come from: {PROVENANCE} is missing")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: {error}") from None
+    missing = [name for name in ALIKE if name not in facts] if isinstance(facts, dict) else list(ALIKE)
+    if missing:
+        raise DataError(f"{path} does not say the run's {missing[0]}; run `kangaroo bench` again into a new folder")
+    return dict(facts)
+
+
+def count_answers(folder: Path, methods: Sequence[str], provenance: dict[str, Any]) -> dict[str, dict[str, BothCounts]]:
+    """Both counts of every method's answer file, by method and task."""
+    model = str(provenance.get("recipe", {}).get("model", "demo"))
+    tokenizer = load_tokenizer(demo.TARGET if model == "demo" else model)
+    rows = {method: by_task(read_answers(folder / ANSWERS / f"{method}.jsonl")) for method in methods}
+    for found in rows.values():
+        found[OVERALL] = [row for members in found.values() for row in members]
+    plain = rows.pop(BASELINE)
+    return {
+        method: {
+            task: BothCounts(
+                legacy(found[task], plain[task], lambda text: tokenizer(text).input_ids),
+                corrected(found[task], plain[task]),
+            )
+            for task in plain
+        }
+        for method, found in rows.items()
+    }
+
+
+def find_mixture(runs: Sequence[Run]) -> str | None:
+    """How runs differ in machine, commit or versions, which forbids comparing them; None if they do not.
+
+    A run that went on at another commit is a mixture by itself.
+    """
+    first = runs[0]
+    for run in runs:
+        pairs = [(f"{first.name} and {run.name} differ", first.provenance, run.provenance)]
+        pairs += [(f"{run.name} was resumed", run.provenance, later) for later in run.provenance.get("resumed", [])]
+        for what, mine, other in pairs:
+            for name in ALIKE:
+                if name in other and mine[name] != other[name]:
+                    return f"{what}: {name} {_difference(mine[name], other[name])}"
+    return None
+
+
+def _difference(mine: Any, other: Any) -> str:
+    if isinstance(mine, dict) and isinstance(other, dict):
+        key = next(key for key in mine | other if mine.get(key) != other.get(key))
+        return f"{key} {_difference(mine.get(key), other.get(key))}"
+    return f"{json.dumps(mine)} and {json.dumps(other)}"

@@ -1,0 +1,45 @@
+"""`kangaroo report`: the tables and the page of benchmark runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kangaroo.bench.export import to_csv
+from kangaroo.bench.page import to_document, to_page
+from kangaroo.bench.results import find_mixture, read_runs
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.files import write_atomically
+from kangaroo.terminal import out
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders written by `kangaroo bench`.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; that of the run if there is one.")] = None,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Allow runs of different machines, commits or versions.")
+    ] = False,
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="Add Spec-Bench's own count; needs the model's tokenizer.")
+    ] = False,
+) -> None:
+    """Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds."""
+    if output is None and len(folders) > 1:
+        raise ConfigError(f"{len(folders)} runs make one report: say with --output which folder it belongs in")
+    runs = read_runs(folders, count=legacy)
+    mixture = find_mixture(runs)
+    if mixture and not mixed:
+        raise DataError(f"{mixture}; report them apart, or together with --mixed")
+    # All three are made before any is written: an error leaves the old report whole.
+    texts = {
+        "report.md": to_document(runs, mixture),
+        "report.csv": to_csv(runs),
+        "report.html": to_page(runs, mixture),
+    }
+    for name, text in texts.items():
+        _write((output or folders[0]) / name, text)
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    out.print(str(path))
