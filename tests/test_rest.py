@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kangaroo.datastore import Datastore
-from kangaroo.decode import decode, start, step
+from kangaroo.decode import decode, start
 from kangaroo.drafters.rest import Rest, RestConfig, Trie, build, merge
 from kangaroo.errors import ConfigError
-from kangaroo.state import Request, State
+from kangaroo.state import State
 from kangaroo.tree import Draft, Stop
 from oracle import EVERYTHING, GREEDY, oracle
 from runs import PROMPTS, generate, index, make_datastore, requests
@@ -178,13 +178,14 @@ def test_drafts_keep_to_the_room_and_the_nodes(rule: str, sampling: object) -> N
     assert False in shapes, "some drafts should branch"
 
 
+@torch.inference_mode()
 def test_finished_rows_draft_nothing() -> None:
-    model, drafter = target("llama"), rest([[3, 1] * 20])
-    state = start(model, drafter, [Request(p, GREEDY, n) for p, n in (([3, 1, 3], 1), ([3, 1, 3], 9))])
-    step(model, drafter, state)
-    done = step(model, drafter, state)
-    assert done.stops[0] is Stop.INACTIVE
-    assert done.drafted[0] == 0
+    drafter = rest(BOOK)
+    _, state = first_draft(drafter, [[5, 6, 7], [5, 6, 7]])
+    state.finish(0)
+    draft = drafter.draft(state)
+    assert [len(row_paths(draft, row)) for row in range(2)] == [0, 4]
+    assert draft.stops == (Stop.INACTIVE, Stop.LENGTH)
 
 
 def test_a_long_context_costs_what_a_short_one_does() -> None:

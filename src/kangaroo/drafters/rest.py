@@ -127,7 +127,7 @@ class Rest:
         longest = self._config.longest
         columns = state.lengths[:, None] + torch.arange(1 - longest, 1, device=state.lengths.device)
         latest = state.tokens.gather(1, columns.clamp_min(0))
-        facts = torch.stack([state.lengths, (state.room - 1) * state.active, state.active], 1)
+        facts = torch.stack([state.lengths, (state.room - 1) * state.active, state.active.long()], 1)
         for *tokens, length, room, active in torch.cat([latest, facts], 1).tolist():
             yield tokens[max(0, longest - 1 - length) :], room, bool(active)
 
@@ -147,13 +147,12 @@ def _join(state: State, tries: list[Trie], stops: tuple[Stop, ...]) -> Draft:
     """Trees of several rows as one draft, the smaller ones padded."""
     depth = max(trie.depth for trie in tries)
     width = max(len(trie.tokens) for trie in tries)
-    straight = all(trie.is_chain for trie in tries)
-    if depth == width and not straight:
+    if depth == width and not all(trie.is_chain for trie in tries):
         width += 1  # or the deepest row alone would make a chain of them all
     shape = (state.batch, 1 + width)
     tokens, valid = np.zeros(shape, np.int64), np.zeros(shape, bool)
-    parents = np.broadcast_to(np.arange(-1, width), shape).copy() if straight else np.zeros(shape, np.int64)
-    parents[:, 0], valid[:, 0] = -1, True
+    parents = np.tile(np.arange(-1, width), (state.batch, 1))
+    valid[:, 0] = True
     for row, trie in enumerate(tries):
         own = slice(1, 1 + len(trie.tokens))
         tokens[row, own], parents[row, own], valid[row, own] = trie.tokens, trie.parents, True
