@@ -138,7 +138,8 @@ def test_a_tree_beside_a_chain_as_deep_as_it_is_wide_remains_a_tree() -> None:
     assert not draft.is_chain
     assert row_paths(draft, 0) == [(9,), (9, 10)]
     assert row_paths(draft, 1) == [(22,), (23,)]
-    assert draft.tokens.shape[1] <= drafter.nodes
+    assert draft.tokens.shape[1] == drafter.nodes == 4
+    assert [rest(BOOK, nodes=3, continuation=n).nodes for n in (1, 2, 500)] == [3, 4, 4]
 
 
 def test_a_tree_beside_a_chain_is_verified_as_a_tree() -> None:

@@ -109,8 +109,8 @@ class Rest:
 
     def __init__(self, datastore: Datastore, config: RestConfig):
         self._datastore, self._config = datastore, config
-        # A batch of chains and trees may need a column more than its deepest chain.
-        self.nodes = max(config.nodes, config.continuation + 2)
+        # Beside trees, a chain of all the nodes needs a column more (see _join).
+        self.nodes = config.nodes + (config.continuation >= config.nodes - 1)
 
     def observe(self, state: State, committed: Committed) -> None:
         """Nothing to learn: the state has the tokens."""
