@@ -11,7 +11,7 @@ TORCH ?= torch
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo fmt check test test-all test-gpu docs clean
+.PHONY: help install demo report fmt check test test-all test-gpu docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## the demo model with Kangaroo and without: same text, speed-up
 	@$(BIN)/kangaroo demo $(ARGS)
+
+# ARGS=--legacy adds Spec-Bench's own count.
+report: $(STAMP) ## renew tables, plots and page of every run under results/
+	@find results -name records.jsonl | grep -q . || echo "no runs under results/; kangaroo bench makes them"
+	@find results -name records.jsonl | sort | while read -r records; do \
+		$(BIN)/kangaroo report "$$(dirname "$$records")" $(ARGS) || exit 1; \
+	done
 
 fmt: $(STAMP) ## format the code, repair what can be repaired, renew the README's tree
 	$(BIN)/ruff format .

@@ -15,6 +15,7 @@ from kangaroo import cli
 from kangaroo.bench.records import BASELINE, Difference
 from kangaroo.bench.results import find_mixture, read_runs
 from kangaroo.bench.tables import make_tables
+from kangaroo.bench.words import facts
 from kangaroo.errors import DataError
 
 METHODS = {"kangaroo": 0.75, "early-exit": 0.4}
@@ -125,6 +126,20 @@ def test_the_papers_table_stands_beside_all_of_spec_bench_only(folder: Path, tmp
     assert [row[0] for row in rows[-2:]] == ["kangaroo (this run)", "early-exit (this run)"]
     part = save_run(tmp_path / "part", make_run(METHODS, tasks=("qa", "rag")))
     assert "paper" not in {table.key for table in make_tables(read_runs([part])[0])}
+
+
+def test_a_provenance_is_told_without_what_lies_on_the_machine() -> None:
+    told = dict(
+        facts(
+            {
+                "recipe": {"output": "/here", "questions": "/there/q.jsonl", "split": None},
+                "dirty": False,
+                "machine": {"memory_bytes": 2 * 10**9, "gpus": []},
+                "costs": {},
+            }
+        )
+    )
+    assert told == {"recipe: questions": "q.jsonl", "dirty": "no", "machine: memory": "2 GB", "machine: gpus": "–"}
 
 
 def test_a_run_of_the_baseline_alone_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +261,8 @@ PROBE = """<script>
 const within = (a, b) => a.left > b.left - 3 && a.right < b.right + 3 && a.top > b.top - 3 && a.bottom < b.bottom + 3;
 const cut = [...document.querySelectorAll("svg")].flatMap(svg => [...svg.querySelectorAll("text")]
   .filter(t => !within(t.getBoundingClientRect(), svg.getBoundingClientRect())).map(t => t.textContent));
+for (const cell of document.querySelectorAll("th, td"))
+  if (cell.scrollWidth > cell.clientWidth + 1) cut.push(cell.textContent);
 const wide = document.documentElement.scrollWidth > innerWidth;
 const flat = [...document.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height < 40).length;
 document.documentElement.innerHTML = JSON.stringify({cut, wide, flat, innerWidth});

@@ -69,7 +69,9 @@ def overview(run: Run) -> Table:
 
 def speedups(run: Run) -> Table:
     """By method and task."""
-    note = "With 95 % intervals over the questions of the task; a single question has none."
+    note = (
+        "With 95 % intervals over the questions of the task. From few questions they come out too narrow; one has none."
+    )
     return _by_task(run, "speedup", "Speed-up", note, lambda summary: span(summary.speedup))
 
 

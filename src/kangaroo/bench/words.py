@@ -1,13 +1,15 @@
 """A run in words: what came out in a sentence or two, and what it comes from as names and values."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from kangaroo.bench.results import Run
 from kangaroo.bench.tables import UNKNOWN, span
+from kangaroo.memory import human_bytes
 
-APART = ("costs",)
-"""Parts of a provenance that have a table of their own."""
+APART = frozenset({"costs", "output"})
+"""What has a table of its own, or says nothing to a reader."""
 
 
 def lead(run: Run) -> str:
@@ -36,28 +38,34 @@ def facts(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """A provenance as lines; what lies deeper than one level stays on its line."""
     lines = []
     for name, value in provenance.items():
-        if name in APART:
-            continue
-        if isinstance(value, dict):
-            lines += [(f"{_name(name)}: {_name(key)}", _text(entry)) for key, entry in value.items()]
-        else:
-            lines.append((_name(name), _text(value)))
+        if isinstance(value, dict) and name not in APART:
+            lines += [(f"{_name(name)}: {_name(key)}", _text(key, entry)) for key, entry in _kept(value)]
+        elif name not in APART:
+            lines.append((_name(name), _text(name, value)))
     return lines
 
 
+def _kept(table: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in table.items() if key not in APART and value is not None]
+
+
 def _name(key: str) -> str:
-    return key.replace("_", " ")
+    return key.removesuffix("_bytes").replace("_", " ")
 
 
-def _text(value: Any) -> str:
-    if value is None or value == []:
-        return UNKNOWN
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{_name(key)} {_text(entry)}" for key, entry in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(_text, value))
-    return json.dumps(value)
+def _text(key: str, value: Any) -> str:
+    match value:
+        case None | []:
+            return UNKNOWN
+        case bool():
+            return "yes" if value else "no"
+        case str():
+            return Path(value).name if key == "questions" else value
+        case int() if key.endswith("_bytes"):
+            return human_bytes(value)
+        case dict():
+            return ", ".join(f"{_name(name)} {_text(name, entry)}" for name, entry in _kept(value))
+        case list():
+            return "; ".join(_text(key, entry) for entry in value)
+        case _:
+            return json.dumps(value)
