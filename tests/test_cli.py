@@ -128,3 +128,26 @@ def test_user_mistakes_are_one_line_and_exit_code_2(
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_compare_sets_every_drafter_beside_plain_decoding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--dtype", "float64")
+    options = (*options, "--max-tokens", "12", "--repeats", "1")
+    assert run(monkeypatch, "compare", "Where would", *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = {line["method"]: line for line in found["drafters"]}
+    assert next(iter(lines)) == "none"
+    assert {"kangaroo", "kangaroo-tree", "kangaroo+lookup", "early-exit", "prompt-lookup", "llma"} <= lines.keys()
+    assert found["identical"]
+    assert all(line["tokens"] == lines["none"]["tokens"] for line in lines.values())
+    for line in lines.values():
+        assert line["accepted"] == len(line["tokens"]) - line["rounds"] <= line["drafted"]
+        assert line["prefill"] + line["draft"] + line["verify"] + line["rest"] == pytest.approx(line["seconds"])
+    assert lines["none"]["drafted"] == 0
+    assert run(monkeypatch, "compare", "Where would", *options, "--temperature", "0.8") == 0
+    shown = capsys.readouterr().out
+    assert "identical" in shown
+    assert "left out: rest (needs --datastore)" in shown
+    assert run(monkeypatch, "compare", *options) == 2

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Difference
 from kangaroo.bench.compare import Comparison
+from kangaroo.bench.side_by_side import Line
 from kangaroo.decoder import Completion, Decoder, Stats
 from kangaroo.memory import human_bytes
 from kangaroo.sampling import Sampling
@@ -22,7 +24,9 @@ from kangaroo.text import Prompt
 from kangaroo.training.estimate import Estimate
 from kangaroo.training.report import Update
 
-out, notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+# A pipe has no width that tables would have to fit into.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+notes = Console(stderr=True, highlight=False)
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
@@ -127,9 +131,7 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str]) -> No
         rounds = report.rounds
         counts = (report.answers, report.tokens, rounds.none, rounds.some, rounds.all, rounds.undrafted)
         table.add_row(name, *map(str, counts), "lossless" if report.problem is None else f"FAILED: {report.problem}")
-    for name, reason in left_out.items():
-        table.add_row(name, *[""] * 6, f"left out: {reason}")
-    out.print(table)
+    _print_table(table, left_out)
     for name, report in reports.items():
         for found in report.differences[:10]:
             out.print(f"{name}: {_difference_line(found)}")
@@ -143,6 +145,43 @@ def _difference_line(found: Difference) -> str:
         f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}, float64 draws {found.float64}"
         f"{' (a tie)' if found.is_tie else ''}"
     )
+
+
+def show_lines(lines: Sequence[Line], left_out: dict[str, str]) -> None:
+    """Methods side by side."""
+    table = Table(box=None)
+    for heading in (
+        "drafter",
+        "text",
+        "tokens/s",
+        "speed-up",
+        "CR",
+        "drafted",
+        "accepted",
+        "prefill",
+        "draft",
+        "verify",
+    ):
+        table.add_column(heading, justify="left" if heading in ("drafter", "text") else "right")
+    for line in lines:
+        shares = (f"{part / line.seconds:.0%}" for part in (line.prefill, line.draft, line.verify, line.rest))
+        table.add_row(
+            line.method,
+            "identical" if line.identical else "DIFFERS",
+            f"{line.tokens_per_second:.1f}",
+            f"{line.speedup:.2f}",
+            f"{line.compression_rate:.2f}",
+            str(line.drafted),
+            str(line.accepted),
+            *shares,
+        )
+    _print_table(table, left_out)
+
+
+def _print_table(table: Table, left_out: dict[str, str]) -> None:
+    out.print(table)
+    for name, reason in left_out.items():
+        out.print(f"left out: {name} ({reason})", style="dim")
 
 
 def show_table(facts: dict[str, Any]) -> None:
@@ -165,6 +204,22 @@ def progress(description: str, total: int, *, hidden: bool = False) -> Iterator[
     with _bar(hidden) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda: bar.advance(task)
+
+
+@contextmanager
+def countdown(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left; call what it yields with (done, total), first before anything is done."""
+    starts: list[tuple[float, int]] = []
+    with _bar() as bar:
+        task = bar.add_task(description, total=None, note="")
+
+        def show(done: int, total: int) -> None:
+            starts.append((time.perf_counter(), done))
+            (began, first), (here, _) = starts[0], starts[-1]
+            left = (here - began) / (done - first) * (total - done) if done > first else float("inf")
+            bar.update(task, completed=done, total=total, note=f"{_clock(left)} left")
+
+        yield show
 
 
 @contextmanager

@@ -5,11 +5,14 @@ import sys
 import typer
 from transformers.utils.logging import disable_progress_bar
 
+from kangaroo.cli.bench import bench
 from kangaroo.cli.check import check
+from kangaroo.cli.compare import compare
 from kangaroo.cli.datastore import datastore
 from kangaroo.cli.demo import demo
 from kangaroo.cli.generate import generate
 from kangaroo.cli.info import info
+from kangaroo.cli.report import report
 from kangaroo.cli.train import train
 from kangaroo.errors import KangarooError
 from kangaroo.terminal import notes, print_error
@@ -17,7 +20,7 @@ from kangaroo.terminal import notes, print_error
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Faster text, the same tokens."
 )
-for verb in (demo, generate, train, check, info):
+for verb in (demo, generate, train, compare, check, info, bench, report):
     app.command()(verb)
 app.add_typer(datastore, name="datastore")
 
@@ -28,7 +31,7 @@ def main() -> None:
     try:
         app()
     except KangarooError as error:
-        print_error(str(error))
+        print_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(2)
     except KeyboardInterrupt as interruption:
         if str(interruption):
