@@ -55,8 +55,8 @@ class Turn(_Row):
     peak_bytes: int | None = None
     """Most device memory allocated during the turn; None where the device does not tell."""
     difference: Difference | None = None
-    """From the baseline's answer of the same repeat; None if identical, if this is the baseline, or if an earlier turn's
-    difference had changed the prompt."""
+    """From the baseline's answer of the same repeat. None if identical, if this is the baseline, or if a difference in
+    an earlier turn had changed the prompt."""
 
     @property
     def seconds(self) -> float:

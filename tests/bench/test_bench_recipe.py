@@ -1,0 +1,64 @@
+"""Benchmark recipes say what they mean, and their errors say what to change."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
+from kangaroo.drafters import DRAFTERS
+from kangaroo.errors import ConfigError
+from kangaroo.toml import parse_table
+
+ROOT = Path(__file__).parents[2]
+METHOD = {"name": "a", "drafter": "early-exit"}
+
+
+def parse(**keys: Any) -> BenchRecipe:
+    return parse_table(BenchRecipe, {"model": "demo", "output": "runs/x", **keys}, "x.toml")
+
+
+def test_the_shipped_recipe_is_valid() -> None:
+    recipe = read_bench_recipe(ROOT / "recipes" / "spec-bench.toml", {"questions": "mine.jsonl"})
+    assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "float32", 1, "mine.jsonl")
+    assert {"kangaroo", "kangaroo-tree", "early-exit", "transformers"} <= {method.name for method in recipe.methods}
+
+
+@pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "none"])
+def test_any_drafter_may_be_measured_and_keeps_its_settings(drafter: str) -> None:
+    method = parse(methods=[{"name": "a", "drafter": drafter, "max_draft": 3}]).methods[0]
+    assert (method.kind, method.drafter, method.settings) == ("drafter", drafter, {"max_draft": 3})
+
+
+def test_every_repeat_is_another_sample_of_the_same_seed() -> None:
+    recipe = parse(seed=5, sampling={"temperature": 0.8, "top_p": 0.9})
+    assert [(s.seed, s.index, s.temperature, s.top_p) for s in map(recipe.sampled, (0, 2))] == [
+        (5, 0, 0.8, 0.9),
+        (5, 2, 0.8, 0.9),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'"),
+        ({"sampling": {"temprature": 1}}, "unknown key 'sampling.temprature'; did you mean 'temperature'"),
+        ({"batch": 0}, "batch: .*greater than 0, got 0"),
+        ({"end": "never"}, "end: .*'natural' or 'barred', got 'never'"),
+        ({"methods": [{"drafter": "llma"}]}, "'methods.0.name' is missing"),
+        ({"methods": [METHOD, METHOD]}, "two methods are called 'a'"),
+        ({"methods": [{**METHOD, "name": "none"}]}, "'none' is the baseline"),
+        ({"methods": [{**METHOD, "name": "../x"}]}, "a method's name is letters"),
+        ({"methods": [{"name": "a"}]}, "needs a drafter"),
+        ({"methods": [{**METHOD, "kind": "transformers"}]}, 'kind "transformers" has none'),
+        ({"methods": [{"name": "a", "drafter": "eagle"}]}, "drafter must be one of .*got 'eagle'"),
+        ({"sampling": {"temperature": 1e-9}}, "temperature must be"),
+        (
+            {"sampling": {"temperature": 0.8}, "methods": [{"name": "t", "kind": "transformers"}]},
+            "t: transformers draws with noise of its own",
+        ),
+    ],
+)
+def test_mistakes_are_named(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(**keys)
