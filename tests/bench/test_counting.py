@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kangaroo.bench.counting import AnswerRow, by_task, corrected, legacy, read_answers
+from kangaroo.bench.counting import AnswerRow, corrected, legacy, read_answers
 from kangaroo.errors import DataError
 
 
@@ -79,10 +79,6 @@ def test_failed_and_repeated_answers_are_refused() -> None:
         corrected(METHOD, [*BASELINE, BASELINE[1]])
 
 
-def test_eight_categories_are_one_task() -> None:
-    assert [(task, len(found)) for task, found in by_task(METHOD).items()] == [("qa", 1), ("mt_bench", 1)]
-
-
 def test_a_file_is_read_as_the_original_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "kangaroo.jsonl"
     path.write_text(json.dumps(answer(81, ["a"], [2], [0.5], [2])) + "\n")
@@ -95,7 +91,7 @@ def test_a_file_is_read_as_the_original_writes_it(tmp_path: Path) -> None:
         (None, "no answers in"),
         ("", "is empty"),
         ("{", "line 1: the row: Invalid JSON"),
-        (json.dumps({"question_id": 1, "category": "qa"}), "line 1: choices: Field required"),
+        (json.dumps({"question_id": 1}), "line 1: choices: Field required"),
         (json.dumps(answer(1, ["a"], [2], [0.0], [2])), "each choice its wall time"),
         (json.dumps(answer(1, ["a"], [2], [0.5], [2], choices=[])), "needs a choice"),
     ],

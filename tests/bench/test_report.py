@@ -15,7 +15,7 @@ from kangaroo import cli
 from kangaroo.bench.records import BASELINE, Difference
 from kangaroo.bench.results import find_mixture, read_runs
 from kangaroo.bench.tables import make_tables
-from kangaroo.bench.words import facts
+from kangaroo.bench.words import facts, lead
 from kangaroo.errors import DataError
 
 METHODS = {"kangaroo": 0.75, "early-exit": 0.4}
@@ -120,6 +120,17 @@ def test_tables_of_two_answers_worked_out_by_hand(tmp_path: Path) -> None:
     assert table_of(folder, "differences")[1] == ("ours", "QA", "1", "0", "0", "7", "0.01", "yes")
 
 
+def test_bounds_are_of_one_question_at_a_time(folder: Path, tmp_path: Path) -> None:
+    assert table_of(folder, "bound")[1][0] == "kangaroo"
+    batched = save_run(tmp_path / "batched", make_run(METHODS), costs=COSTS, recipe={"model": "demo", "batch": 4})
+    assert "bound" not in {table.key for table in make_tables(read_runs([batched])[0])}
+
+
+def test_prompts_that_were_cut_are_told_of(tmp_path: Path) -> None:
+    records = [record(1, m, turn([1, 2]).model_copy(update={"dropped_tokens": 1234})) for m in (BASELINE, "ours")]
+    assert "lost 1,234 tokens" in lead(read_runs([save_run(tmp_path / "cut", records)])[0])
+
+
 def test_the_papers_table_stands_beside_all_of_spec_bench_only(folder: Path, tmp_path: Path) -> None:
     rows = table_of(folder, "paper")
     assert rows[4][:3] == ("Kangaroo, 7B (paper)", "1.41 / 1.24", "1.87 / 1.43")
@@ -197,7 +208,7 @@ def test_a_mixture_is_refused_unless_asked_for_and_then_said_on_the_page(
     assert "--mixed" in capsys.readouterr().err
     assert not output.exists()
     assert report(monkeypatch, str(folder), str(other), "--output", str(output), "--mixed") == 0
-    assert 'class="warning">Compare within a run only' in (output / "report.html").read_text(encoding="utf-8")
+    assert 'class="warning">Not everything here can be compared' in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_without_provenance_or_with_half_of_it_is_refused(tmp_path: Path) -> None:
@@ -248,6 +259,10 @@ def test_both_counts_are_shown_when_asked_for(tmp_path: Path, monkeypatch: pytes
     text = (run / "report.md").read_text(encoding="utf-8")
     assert f"| ours, legacy | {3 / ((tokens - 1) / 2):.2f} |" in text
     assert "| ours, corrected | 2.00 |" in text
+    row = (run / "answers" / "ours.jsonl").read_text()
+    (run / "answers" / "ours.jsonl").write_text(row.replace('"question_id": 1', '"question_id": 2'))
+    with pytest.raises(DataError, match=r"ours.jsonl does not answer the questions of the records"):
+        read_runs([run], count=True)
 
 
 def read_tokens(text: str) -> list[int]:

@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kangaroo.bench.formats.spec_bench import task_of
-from kangaroo.bench.published import in_order
 from kangaroo.errors import DataError
 
 FAILED = "ERROR"
@@ -44,13 +42,7 @@ class AnswerRow(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     question_id: int | str
-    category: str
     choices: list[Choice]
-
-    @property
-    def task(self) -> str:
-        """The subtask that its category belongs to."""
-        return task_of(self.category)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +126,3 @@ def _check_pairs(method: Sequence[AnswerRow], baseline: Sequence[AnswerRow]) -> 
         raise DataError(f"{len(odd)} questions are answered by one side only, the first is {odd[0]}; run them again")
     if mine != theirs:
         raise DataError("method and baseline answered some question a different number of times; run them again")
-
-
-def by_task(rows: Sequence[AnswerRow]) -> dict[str, list[AnswerRow]]:
-    """Rows by subtask."""
-    return {task: [row for row in rows if row.task == task] for task in in_order(row.task for row in rows)}

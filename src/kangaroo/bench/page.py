@@ -17,7 +17,7 @@ INTRODUCTION = (
     "Speculative decoding drafts tokens cheaply and has the model check several of them in one pass. Here every method "
     "answers the same questions as plain decoding, in turn with it, on the same weights and the same machine."
 )
-WARNING = "Compare within a run only: {}."
+WARNING = "Not everything here can be compared: {}."
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,6 @@ PHASE_LOOKS = {
     "verify": ("#8fbfe0", ""),
     "rest": ("#ffffff", "\\\\\\"),
 }
-
-
 MEASURED, PASSES, WEIGHTS = "measured", "bound: passes", "bound: weights"
 
 
@@ -70,11 +68,11 @@ def plot_speedups(run: Run, prefix: str) -> list[Plot]:
         return []
     tasks = dict.fromkeys((OVERALL, *run.tasks)) if OVERALL in run.tasks else run.tasks
     panels = {task: [run.summaries[method][task] for method in run.methods] for task in tasks}
-    ends = [end for row in panels.values() for s in row for end in _ends(s)]
+    ends = [end for row in panels.values() for summary in row for end in _ends(summary)]
     low, high = min(1.0, *ends), max(1.0, *ends)
     room = 0.06 * (high - low) or 0.1
 
-    def panel(place: int, task: str, row: Sequence[Summary]) -> Plot:
+    def panel(number: int, task: str, row: Sequence[Summary]) -> Plot:
         def paint(axes: "Axes") -> None:
             axes.axvline(1, color=INK, linewidth=0.9)
             for place, summary in enumerate(row):
@@ -86,9 +84,9 @@ def plot_speedups(run: Run, prefix: str) -> list[Plot]:
 
         height = 0.95 + 0.25 * len(row)
         text = "; ".join(f"{summary.method} {summary.speedup.value:.2f}" for summary in row)
-        return Plot(draw(f"{prefix}-speedup{place}", SMALL, height, paint), f"{task_name(task)}: {text}", SMALL)
+        return Plot(draw(f"{prefix}-speedup{number}", SMALL, height, paint), f"{task_name(task)}: {text}", SMALL)
 
-    return [panel(place, *entry) for place, entry in enumerate(panels.items())]
+    return [panel(number, *entry) for number, entry in enumerate(panels.items())]
 
 
 def _ends(summary: Summary) -> list[float]:
@@ -119,16 +117,16 @@ def _list_methods(axes: "Axes", names: Sequence[str]) -> None:
 
 def plot_acceptance(run: Run, prefix: str) -> list[Plot]:
     """CTAR(w) of every method."""
-    told = [(look(place), s) for place, s in enumerate(run.overall()) if s.acceptance]
+    told = [(look(place), summary) for place, summary in enumerate(run.overall()) if summary.acceptance]
     if not told:
         return []
 
     def paint(axes: "Axes") -> None:
-        for drawn, s in told:
-            curve = s.acceptance[:10]
+        for drawn, summary in told:
+            curve = summary.acceptance[:10]
             places = range(1, len(curve) + 1)
             style = {"color": drawn.colour, "linestyle": drawn.line, "marker": drawn.marker, "markersize": 5.5}
-            axes.plot(places, [100 * share for share in curve], label=s.method, linewidth=1.5, **style)
+            axes.plot(places, [100 * share for share in curve], label=summary.method, linewidth=1.5, **style)
         axes.set_xlabel("w: rounds that emit more than w tokens")
         axes.set_ylabel("rounds, %")
         axes.set_ylim(0, 100)
@@ -137,15 +135,15 @@ def plot_acceptance(run: Run, prefix: str) -> list[Plot]:
         axes.figure.legend(loc="outside lower center", ncols=2)
 
     height = 3.1 + 0.2 * ((len(told) + 1) // 2)
-    text = "CTAR(w) falls with w. " + "; ".join(f"{s.method} from {s.acceptance[0]:.0%}" for _, s in told)
+    text = "CTAR(w) falls with w. " + "; ".join(f"{each.method} from {each.acceptance[0]:.0%}" for _, each in told)
     return [Plot(draw(f"{prefix}-acceptance", WIDE, height, paint), text, WIDE)]
 
 
 def plot_drafts(run: Run, prefix: str) -> list[Plot]:
     """A panel per method, on one scale: how many tokens rounds drafted, and how many of them were accepted."""
-    told = [(place, s) for place, s in enumerate(run.overall()) if s.drafted]
-    top = max((_most(histogram) for _, s in told for histogram in (s.drafted, s.emitted)), default=0.0)
-    return [_draft_panel(s, look(place).colour, top, f"{prefix}-drafts{place}") for place, s in told]
+    told = [(place, summary) for place, summary in enumerate(run.overall()) if summary.drafted]
+    top = max((_most(counts) for _, summary in told for counts in (summary.drafted, summary.emitted)), default=0.0)
+    return [_draft_panel(summary, look(place).colour, top, f"{prefix}-drafts{place}") for place, summary in told]
 
 
 def _most(histogram: Counter[int]) -> float:
@@ -179,19 +177,19 @@ def plot_times(run: Run, prefix: str) -> list[Plot]:
         start = [0.0] * len(rows)
         for phase in PHASES:
             colour, hatch = PHASE_LOOKS[phase]
-            parts = [1000 * s.seconds[phase] / s.tokens for s in rows]
+            parts = [1000 * row.seconds[phase] / row.tokens for row in rows]
             bars = axes.barh(range(len(rows)), parts, 0.62, left=start, label=phase, color=colour, hatch=hatch)
             for bar in bars:
                 bar.set(edgecolor=INK, linewidth=0.6)
             start = [a + b for a, b in zip(start, parts, strict=True)]
         for place, total in enumerate(start):
             axes.annotate(f"{total:.1f}", (total, place), (4, 0), textcoords="offset points", va="center")
-        _list_methods(axes, [method_name(s.method) for s in rows])
+        _list_methods(axes, [method_name(row.method) for row in rows])
         axes.set_xlim(0, 1.12 * max(start))
         axes.set_xlabel("milliseconds per token")
         axes.figure.legend(loc="outside upper center", ncols=len(PHASES), columnspacing=1.2, handlelength=1.8)
 
-    text = "; ".join(f"{method_name(s.method)} {1000 / s.tokens_per_second:.1f} ms per token" for s in rows)
+    text = "; ".join(f"{method_name(row.method)} {1000 / row.tokens_per_second:.1f} ms per token" for row in rows)
     return [Plot(draw(f"{prefix}-time", WIDE, 1.1 + 0.28 * len(rows), paint), text, WIDE)]
 
 
@@ -209,11 +207,11 @@ class Reached(NamedTuple):
 
 def _reached(run: Run) -> list[Reached]:
     rows = []
-    for s in run.overall():
-        limits = run.bounds(s)
-        if s.decode_speedup is not None and (limits.passes, limits.weights) != (None, None):
-            values = {MEASURED: s.decode_speedup.value, PASSES: limits.passes, WEIGHTS: limits.weights}
-            rows.append(Reached(s.method, values))
+    for summary in run.overall():
+        limits, measured = run.bounds(summary), summary.decode_speedup
+        if measured is not None and (limits.passes, limits.weights) != (None, None):
+            values = {MEASURED: measured.value, PASSES: limits.passes, WEIGHTS: limits.weights}
+            rows.append(Reached(summary.method, values))
     return rows
 
 

@@ -11,9 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 from kangaroo import demo
 from kangaroo.bench.answers import ANSWERS
 from kangaroo.bench.bound import Bounds, MethodCosts, bounds
-from kangaroo.bench.counting import Count, by_task, corrected, legacy, read_answers
+from kangaroo.bench.counting import AnswerRow, Count, corrected, legacy, read_answers
 from kangaroo.bench.grid import OVERALL, Grid, arrange
 from kangaroo.bench.provenance import PROVENANCE
+from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE, read_records
 from kangaroo.bench.statistics import Summary, summarise
 from kangaroo.errors import DataError
@@ -91,7 +92,10 @@ def read_run(folder: Path, name: str, *, count: bool = False) -> Run:
         costs = TypeAdapter(dict[str, MethodCosts]).validate_python(provenance.get("costs", {}))
     except ValidationError as error:
         raise DataError(f"{folder / PROVENANCE}: costs: {error.errors()[0]['msg']}") from None
-    counts = count_answers(folder, grid.methods, provenance) if count else {}
+    recipe = provenance.get("recipe", {})
+    if recipe.get("batch", 1) > 1:
+        costs = {}  # they are of one question at a time
+    counts = count_answers(folder, grid, str(recipe.get("model", "demo"))) if count else {}
     return Run(name, grid, summarise(grid), provenance, costs, counts)
 
 
@@ -110,24 +114,29 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return dict(facts)
 
 
-def count_answers(folder: Path, methods: Sequence[str], provenance: dict[str, Any]) -> dict[str, dict[str, BothCounts]]:
-    """Both counts of every method's answer file, by method and task."""
-    model = str(provenance.get("recipe", {}).get("model", "demo"))
+def count_answers(folder: Path, grid: Grid, model: str) -> dict[str, dict[str, BothCounts]]:
+    """Both counts of every method's answer file, by method and task; `model` names the tokenizer's model.
+
+    Raises DataError if the files do not answer the questions of the records.
+    """
     tokenizer = load_tokenizer(demo.TARGET if model == "demo" else model)
-    rows = {method: by_task(read_answers(folder / ANSWERS / f"{method}.jsonl")) for method in methods}
-    for found in rows.values():
-        found[OVERALL] = [row for members in found.values() for row in members]
+    rows = {method: _answers(folder / ANSWERS / f"{method}.jsonl", grid) for method in grid.methods}
     plain = rows.pop(BASELINE)
-    return {
-        method: {
-            task: BothCounts(
-                legacy(found[task], plain[task], lambda text: tokenizer(text).input_ids),
-                corrected(found[task], plain[task]),
-            )
-            for task in plain
-        }
-        for method, found in rows.items()
-    }
+
+    def both(mine: list[AnswerRow], questions: Sequence[QuestionId]) -> BothCounts:
+        # In the order of the files: sums of floats depend on it in their last digits.
+        ours, theirs = ([row for row in side if row.question_id in questions] for side in (mine, plain))
+        return BothCounts(legacy(ours, theirs, lambda text: tokenizer(text).input_ids), corrected(ours, theirs))
+
+    tasks = {**grid.tasks, OVERALL: grid.questions}
+    return {method: {task: both(mine, asked) for task, asked in tasks.items()} for method, mine in rows.items()}
+
+
+def _answers(path: Path, grid: Grid) -> list[AnswerRow]:
+    rows = read_answers(path)
+    if {row.question_id for row in rows} != set(grid.questions):
+        raise DataError(f"{path} does not answer the questions of the records; run `kangaroo bench` again to renew it")
+    return rows
 
 
 def find_mixture(runs: Sequence[Run]) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kangaroo.bench.differences import FirstDifference
 from kangaroo.bench.published import PAPER, SOURCE, TASKS
 from kangaroo.bench.records import BASELINE
 from kangaroo.bench.results import Run
@@ -193,23 +194,17 @@ def paper(run: Run) -> Table:
 def differences(run: Run) -> Table:
     """The first answers that are not the baseline's."""
     found = [difference for summary in run.overall() for difference in summary.differences]
-    rows = [
-        (
-            d.method,
-            task_name(d.task),
-            str(d.question),
-            str(d.repeat),
-            str(d.turn),
-            str(d.position),
-            UNKNOWN if d.gap is None else f"{d.gap:.2g}",
-            "yes" if d.tie else "no",
-        )
-        for d in found[:SHOWN_DIFFERENCES]
-    ]
+    rows = [_difference(difference) for difference in found[:SHOWN_DIFFERENCES]]
     more = f" The first {SHOWN_DIFFERENCES} of {len(found)}." if len(found) > SHOWN_DIFFERENCES else ""
     note = f"Where answers first depart from plain decoding's, counted from 0. A tie: rounding explains the gap.{more}"
     header = ("method", "task", "question", "repeat", "turn", "token", "gap", "tie")
     return Table("differences", "Answers that differ", note, header, rows)
+
+
+def _difference(found: FirstDifference) -> tuple[str, ...]:
+    gap = UNKNOWN if found.gap is None else f"{found.gap:.2g}"
+    places = (found.question, found.repeat, found.turn, found.position)
+    return found.method, task_name(found.task), *map(str, places), gap, "yes" if found.tie else "no"
 
 
 def span(estimate: Estimate) -> str:

@@ -15,14 +15,22 @@ APART = frozenset({"costs", "output"})
 def lead(run: Run) -> str:
     """What was asked, which method was fastest, and whether the answers are plain decoding's."""
     plain, methods = run.baseline, run.overall()
-    asked = (
-        f"{plain.questions} questions, {plain.answers} answers by each method, {plain.tokens:,} tokens by the baseline."
-    )
-    speed = f"Plain decoding: {plain.tokens_per_second:.1f} tokens/s."
-    if not methods:
-        return f"{asked} {speed}"
-    best = max(methods, key=lambda summary: summary.speedup.value)
-    return f"{asked} {speed} Fastest: {best.method}, {span(best.speedup)} times as fast. {_agreement(run)}"
+    sentences = [
+        f"{_count(plain.questions, 'question')}, {_count(plain.answers, 'answer')} by each method, "
+        f"{_count(plain.tokens, 'token')} by the baseline."
+    ]
+    if plain.dropped_tokens:
+        dropped = _count(plain.dropped_tokens, "token")
+        sentences.append(f"Prompts too long for the context lost {dropped} from their middle, for all methods alike.")
+    sentences.append(f"Plain decoding: {plain.tokens_per_second:.1f} tokens/s.")
+    if methods:
+        best = max(methods, key=lambda summary: summary.speedup.value)
+        sentences += [f"Fastest: {best.method}, {span(best.speedup)} times as fast.", _agreement(run)]
+    return " ".join(sentences)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _agreement(run: Run) -> str:
