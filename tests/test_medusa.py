@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,8 +190,9 @@ def committed(state: State, row: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_heads_read_the_last_committed_token_round_after_round() -> None:
-    """In every row, whatever was accepted before, in chunks of a prompt, and after rows have changed hands."""
+def test_heads_read_the_last_committed_token_round_after_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every row, whatever was accepted before, after prompts in chunks, and after rows have changed hands."""
+    monkeypatch.setattr(sys.modules["kangaroo.decode"], "PREFILL_CHUNK", 4)
     model = target("llama")
     drafter = Medusa(model, make_heads(model), MedusaChainConfig())
     work = [Request(p, GREEDY, n) for p, n in zip(PROMPTS, (4, 30, 7), strict=True)]

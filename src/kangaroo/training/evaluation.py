@@ -28,8 +28,8 @@ class DraftModel(Protocol):
         """Of the batch's marked tokens, in order."""
         ...
 
-    def rounds(self, judged: Sequence[Judgement], room: int) -> list[int]:
-        """Tokens emitted by each round of decoding an answer, which had room for so many."""
+    def rounds(self, judged: Sequence[Judgement]) -> list[int]:
+        """Tokens emitted by each round of decoding an answer."""
         ...
 
 
@@ -72,7 +72,7 @@ class HeldOut:
         at = 0
         for index in (i for row in self.written.rows(self.written_length) for i in row):
             end = at + len(self.answers[index])
-            rounds[index] = model.rounds(judged[at:end], self.settings.max_tokens)
+            rounds[index] = model.rounds(judged[at:end])
             at = end
         assert at == len(judged)
         return rounds, sum(judgement[0] for judgement in judged)

@@ -122,9 +122,9 @@ class LaterTokens:
         begun[:, AHEAD:] = hits[:, :-AHEAD]
         return [tuple(row) for row in begun[batch.trained].tolist()]
 
-    def rounds(self, judged: Sequence[Judgement], room: int) -> list[int]:
+    def rounds(self, judged: Sequence[Judgement]) -> list[int]:
         """Tokens emitted by each round over the tokens of an answer."""
-        return parallel_rounds(judged, room=room)
+        return parallel_rounds(judged)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")

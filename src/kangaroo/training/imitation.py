@@ -133,10 +133,11 @@ class Imitation:
         confident = top_probability(logits) >= self.recipe.evaluation.threshold
         return list(zip(correct.tolist(), confident.tolist(), strict=True))
 
-    def rounds(self, judged: Sequence[Judgement], room: int) -> list[int]:
+    def rounds(self, judged: Sequence[Judgement]) -> list[int]:
         """Tokens emitted by each round over the tokens of an answer."""
         correct, confident = zip(*judged, strict=True)
-        return chain_rounds(correct, confident, max_draft=self.recipe.evaluation.max_draft, room=room)
+        settings = self.recipe.evaluation
+        return chain_rounds(correct, confident, max_draft=settings.max_draft, room=settings.max_tokens)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")

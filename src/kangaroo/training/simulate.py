@@ -30,16 +30,15 @@ def chain_rounds(correct: Sequence[bool], confident: Sequence[bool], *, max_draf
     return lengths
 
 
-def parallel_rounds(correct: Sequence[Sequence[bool]], *, room: int) -> list[int]:
+def parallel_rounds(correct: Sequence[Sequence[bool]]) -> list[int]:
     """Tokens emitted by each round of a chain that is drafted whole from one state, however unsure.
 
     correct[i][k] says whether a round that begins at token i of the answer would draft token i + k right.
     """
-    assert len(correct) <= room
     lengths, at = [], 0
     while at < len(correct):
-        hits = correct[at][: min(room - at - 1, len(correct) - at)]
-        accepted = next((k for k, hit in enumerate(hits) if not hit), len(hits))
+        accepted = list(correct[at]).index(False) if False in correct[at] else len(correct[at])
+        # Whether room or an end token ended the answer, its last token is the round's last.
         lengths.append(min(accepted + 1, len(correct) - at))
         at += lengths[-1]
     return lengths
