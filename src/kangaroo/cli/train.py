@@ -18,7 +18,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Train what a recipe describes: an adapter for a target, or a target from scratch."""
+    """Train what a recipe describes: an adapter or Medusa heads for a target, or a model from scratch."""
     set_threads(threads)
     overrides: dict[str, Any] = {} if output is None else {"output": str(output)}
     if max_steps is not None:
