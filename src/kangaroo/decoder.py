@@ -50,17 +50,14 @@ class Stats:
     rounds: int = 0
     emitted: int = 0
     drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens that were emitted."""
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     lengths: list[int] = field(default_factory=list)
     """Tokens emitted by each row-round, in order."""
     drafts: list[int] = field(default_factory=list)
     """Tokens drafted in each row-round, in order."""
-
-    @property
-    def accepted(self) -> int:
-        """Drafted tokens that were emitted."""
-        return self.emitted - self.rounds
 
     @property
     def compression_rate(self) -> float:
@@ -73,15 +70,14 @@ class Stats:
         seconds = self.prefill_seconds + self.decode_seconds
         return self.emitted / seconds if seconds else 0.0
 
-    def add(self, done: Round) -> None:
-        """Count a round."""
-        for emitted, drafted in zip(done.emitted, done.drafted, strict=True):
-            if emitted:
-                self.rounds += 1
-                self.emitted += len(emitted)
-                self.drafted += drafted
-                self.lengths.append(len(emitted))
-                self.drafts.append(drafted)
+    def add(self, pieces: Sequence[Piece], drafted: int) -> None:
+        """Count one row's round. What a stop string cut off is not among its pieces."""
+        self.rounds += 1
+        self.emitted += len(pieces)
+        self.drafted += drafted
+        self.accepted += sum(piece.drafted for piece in pieces)
+        self.lengths.append(len(pieces))
+        self.drafts.append(drafted)
 
 
 class Decoder:
@@ -134,13 +130,14 @@ class Decoder:
     def _read(self, state: State, rounds: Iterator[Round], text: TextStream) -> Iterator[Piece]:
         last = -1
         for done in rounds:
-            for token, drafted in _marked(done.emitted[0]):
-                last = token
-                if piece := text.push(token):
-                    yield Piece(piece, token, drafted)
-                if text.stopped:
-                    state.finish(0)
-                    break
+            read = _push(text, done.emitted[0])
+            self.stats.add(read, done.drafted[0])
+            if text.stopped:
+                state.finish(0)
+            for piece in read:
+                last = piece.token
+                if piece.text:
+                    yield piece
         if rest := text.flush():
             yield Piece(rest, last, False)
 
@@ -155,28 +152,25 @@ class Decoder:
         """Complete a batch of prompts together; each gets the text it would get alone."""
         texts = [TextStream(self.tokenizer, stop) for _ in prompts]
         state, rounds = self._start(prompts, max_tokens, sampling or Sampling())
-        parts: list[list[str]] = [[] for _ in prompts]
-        marked: list[list[tuple[int, bool]]] = [[] for _ in prompts]
+        pieces: list[list[Piece]] = [[] for _ in prompts]
         for done in rounds:
             for row, emitted in enumerate(done.emitted):
-                for token, drafted in _marked(emitted):
+                if emitted:
+                    read = _push(texts[row], emitted)
+                    pieces[row] += read
+                    self.stats.add(read, done.drafted[row])
                     if texts[row].stopped:
-                        break
-                    marked[row].append((token, drafted))
-                    parts[row].append(texts[row].push(token))
-                if texts[row].stopped:
-                    state.finish(row)
-        for row, text in enumerate(texts):
-            parts[row].append(text.flush())
-        return [
-            Completion(
-                "".join(parts[row]),
-                [token for token, _ in marked[row]],
-                [drafted for _, drafted in marked[row]],
-                "stop" if texts[row].stopped or marked[row][-1][0] in self.eos else "length",
-            )
-            for row in range(len(prompts))
-        ]
+                        state.finish(row)
+        return [self._completion(text, read) for text, read in zip(texts, pieces, strict=True)]
+
+    def _completion(self, text: TextStream, pieces: list[Piece]) -> Completion:
+        rest = text.flush()
+        return Completion(
+            "".join(piece.text for piece in pieces) + rest,
+            [piece.token for piece in pieces],
+            [piece.drafted for piece in pieces],
+            "stop" if text.stopped or pieces[-1].token in self.eos else "length",
+        )
 
     def _start(self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling) -> tuple[State, Iterator[Round]]:
         requests = [Request(self.tokenizer.encode(prompt), sampling, max_tokens) for prompt in prompts]
@@ -185,21 +179,26 @@ class Decoder:
         state = start(self.target, drafter, requests, eos=self.eos)
         synchronise(self.target.device)
         self.stats.prefill_seconds = time.perf_counter() - began
-        return state, self._counted(decode(self.target, drafter, state), self.stats)
+        return state, self._timed(decode(self.target, drafter, state), self.stats)
 
-    def _counted(self, rounds: Iterator[Round], stats: Stats) -> Iterator[Round]:
+    def _timed(self, rounds: Iterator[Round], stats: Stats) -> Iterator[Round]:
         while True:
             began = time.perf_counter()
             done = next(rounds, None)
             if done is None:
                 return
             stats.decode_seconds += time.perf_counter() - began
-            stats.add(done)
             yield done
 
 
-def _marked(emitted: list[int]) -> list[tuple[int, bool]]:
-    return [(token, place < len(emitted) - 1) for place, token in enumerate(emitted)]
+def _push(text: TextStream, emitted: list[int]) -> list[Piece]:
+    """A round's tokens as pieces, up to the one that completes a stop string. The last token is the target's own."""
+    pieces = []
+    for place, token in enumerate(emitted, 1):
+        pieces.append(Piece(text.push(token), token, place < len(emitted)))
+        if text.stopped:
+            break
+    return pieces
 
 
 def synchronise(device: torch.device) -> None:
