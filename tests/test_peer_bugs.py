@@ -1,5 +1,6 @@
 """Mistakes that other implementations have shipped: each is put in here, and the promise it breaks must notice."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from kangaroo.decode import start
 from kangaroo.decoder import Decoder, Stats, load
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.llma import LLMA, LLMAConfig, new_index
 from kangaroo.drafters.none import NoDrafter
+from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.state import State
 from kangaroo.tree import Draft, Verdict
@@ -37,12 +38,9 @@ def sampled_chain() -> Drafter:
     return Kangaroo(model, make_adapter(model, 1, scale=2.0), 1, ChainConfig(max_draft=2, threshold=0))
 
 
-def copies() -> LLMA:
+def copies() -> PromptLookup:
     """Certain drafts, often wrong."""
-    config = LLMAConfig(max_draft=2, longest=1)
-    references = new_index(config)
-    references.extend([0, 1, 2, 3, 4, 0, 2])
-    return LLMA(config, references)
+    return PromptLookup(LookupConfig(max_draft=2, longest=1))
 
 
 # --- 1. a greedy draft scored with a softmax q
@@ -148,7 +146,7 @@ def test_texts_that_end_elsewhere_are_noticed(wrong: object, monkeypatch: pytest
         return drive(model, drafter, state).texts
 
     assert run() == want
-    monkeypatch.setattr("kangaroo.decode.clip", wrong)
+    monkeypatch.setattr(sys.modules["kangaroo.decode"], "clip", wrong)
     assert run() != want
 
 
@@ -162,35 +160,38 @@ def always_right(folder: Path) -> Decoder:
     return load(folder / "target", drafter="draft-model", draft_model=folder / "target", dtype=torch.float64)
 
 
-def stop_in(text: str) -> str:
-    """A piece of a text that begins in the middle of it."""
-    return text[len(text) // 2 : len(text) // 2 + 2]
+def stops_in(text: str) -> list[str]:
+    """Pieces of a text, from all over it."""
+    return [text[at : at + 2] for at in range(1, len(text) - 2, 4)]
 
 
 def test_a_stop_string_inside_a_draft_ends_the_text_where_plain_decoding_ends_it(
     chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, ask = always_right(chat), {"max_tokens": 40}
-    stop = stop_in(decoder.plain().generate(["Where"], **ask)[0].text)
-    want = decoder.plain().generate(["Where"], stop=[stop], **ask)[0]
-    assert want.finish_reason == "stop"
-    got = decoder.generate(["Where"], stop=[stop], **ask)[0]
-    assert (got.text, got.tokens) == (want.text, want.tokens)
+    decoder = always_right(chat)
+    stops = stops_in(decoder.plain().generate(["I need"], max_tokens=40)[0].text)
+
+    def answers(decoder: Decoder) -> list[kangaroo.Completion]:
+        return [decoder.generate(["I need"], stop=[stop], max_tokens=40)[0] for stop in stops]
+
+    want = answers(decoder.plain())
+    assert {answer.finish_reason for answer in want} == {"stop"}
+    assert [(a.text, a.tokens) for a in answers(decoder)] == [(a.text, a.tokens) for a in want]
 
     def whole_rounds(text: kangaroo.text.TextStream, emitted: list[int]) -> list[kangaroo.Piece]:
         return [kangaroo.Piece(text.push(token), token, True) for token in emitted]
 
-    monkeypatch.setattr("kangaroo.decoder._push", whole_rounds)
-    assert decoder.generate(["Where"], stop=[stop], **ask)[0].tokens != want.tokens
+    monkeypatch.setattr(sys.modules["kangaroo.decoder"], "_push", whole_rounds)
+    assert [a.tokens for a in answers(decoder)] != [a.tokens for a in want]
 
 
 # --- 5. tokens after the end counted as speed
 
 
 def test_only_what_is_in_the_answer_counts_as_speed(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, ask = always_right(chat), {"max_tokens": 40}
-    stop = stop_in(decoder.plain().generate(["Where"], **ask)[0].text)
-    done = decoder.generate(["Where", "I need"], stop=[stop], **ask)
+    decoder, prompts = always_right(chat), ["Where", "I need"]
+    stop = stops_in(decoder.plain().generate(prompts[1:], max_tokens=40)[0].text)[:1]
+    done = decoder.generate(prompts, stop=stop, max_tokens=40)
     assert decoder.stats.emitted == sum(len(c.tokens) for c in done) == sum(decoder.stats.lengths)
     assert decoder.stats.accepted == sum(sum(c.drafted) for c in done)
     honest = Stats.add
@@ -200,7 +201,7 @@ def test_only_what_is_in_the_answer_counts_as_speed(chat: Path, monkeypatch: pyt
         self.emitted += max(0, drafted + 1 - len(pieces))
 
     monkeypatch.setattr(Stats, "add", drafts_count_as_well)
-    done = decoder.generate(["Where", "I need"], stop=[stop], **ask)
+    done = decoder.generate(prompts, stop=stop, max_tokens=40)
     assert decoder.stats.emitted > sum(len(c.tokens) for c in done)
 
 
