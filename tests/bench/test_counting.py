@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kangaroo.bench.counting import AnswerRow, corrected, legacy, read_answers
+from kangaroo.bench.report.counting import AnswerRow, corrected, legacy, read_answers
 from kangaroo.errors import DataError
 
 

@@ -13,9 +13,9 @@ from made_up import PROVENANCE, make_run, record, save_run, turn
 
 from kangaroo import cli
 from kangaroo.bench.records import BASELINE, Difference
-from kangaroo.bench.results import find_mixture, read_runs
-from kangaroo.bench.tables import make_tables
-from kangaroo.bench.words import facts, lead
+from kangaroo.bench.report.results import find_mixture, read_runs
+from kangaroo.bench.report.tables import make_tables
+from kangaroo.bench.report.words import facts, lead
 from kangaroo.errors import DataError
 
 METHODS = {"kangaroo": 0.75, "early-exit": 0.4}

@@ -10,12 +10,12 @@ from made_up import make_run, record, turn
 
 import kangaroo
 from chat_model import save_chat_model
-from kangaroo.bench.bootstrap import interval, resample_totals
-from kangaroo.bench.bound import MethodCosts, bounds, method_costs
 from kangaroo.bench.cost import Costs
-from kangaroo.bench.grid import OVERALL, arrange
 from kangaroo.bench.records import BASELINE, Difference, Record
-from kangaroo.bench.statistics import Summary, summarise
+from kangaroo.bench.report.bootstrap import interval, resample_totals
+from kangaroo.bench.report.bound import MethodCosts, bounds, method_costs
+from kangaroo.bench.report.grid import OVERALL, arrange
+from kangaroo.bench.report.statistics import Summary, summarise
 from kangaroo.errors import DataError
 
 TEXT = list(range(8))

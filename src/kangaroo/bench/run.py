@@ -9,7 +9,6 @@ import torch
 from kangaroo import demo
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.asking import Asker
-from kangaroo.bench.bound import method_costs
 from kangaroo.bench.drafted import Drafted
 from kangaroo.bench.fetch import fetch
 from kangaroo.bench.formats import read_questions
@@ -20,6 +19,7 @@ from kangaroo.bench.provenance import Facts, describe_run, find_run, resumed, wr
 from kangaroo.bench.questions import Question, in_running_order
 from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import BASELINE, Record
+from kangaroo.bench.report.bound import method_costs
 from kangaroo.decoder import Decoder, load
 from kangaroo.errors import ConfigError
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from kangaroo.bench.export import to_csv
-from kangaroo.bench.page import to_document, to_page
-from kangaroo.bench.results import find_mixture, read_runs
+from kangaroo.bench.report.export import to_csv
+from kangaroo.bench.report.page import to_document, to_page
+from kangaroo.bench.report.results import find_mixture, read_runs
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
 from kangaroo.terminal import out

@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-from kangaroo.bench.results import Run
-from kangaroo.bench.statistics import Estimate, Summary
+from kangaroo.bench.report.results import Run
+from kangaroo.bench.report.statistics import Estimate, Summary
 
 HEADER = ("run", "method", "task", "figure", "value", "low", "high")
 Row = tuple[str, Estimate]

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kangaroo.bench.results import Run
-from kangaroo.bench.tables import UNKNOWN, span
+from kangaroo.bench.report.results import Run
+from kangaroo.bench.report.tables import UNKNOWN, span
 from kangaroo.memory import human_bytes
 
 APART = frozenset({"costs", "output"})

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kangaroo.bench.published import in_order
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE, Record
+from kangaroo.bench.report.published import in_order
 from kangaroo.errors import DataError
 
 OVERALL = "overall"

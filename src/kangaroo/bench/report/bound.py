@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from kangaroo.bench.cost import Costs, measure_costs
-from kangaroo.bench.statistics import Summary
+from kangaroo.bench.report.statistics import Summary
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.kangaroo import Kangaroo
 from kangaroo.drafters.llma import LLMA

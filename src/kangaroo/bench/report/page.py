@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from kangaroo.bench.plots import Plot, make_plots
-from kangaroo.bench.results import Run
-from kangaroo.bench.tables import Table, make_tables, to_markdown
-from kangaroo.bench.words import facts, lead
+from kangaroo.bench.report.plots import Plot, make_plots
+from kangaroo.bench.report.results import Run
+from kangaroo.bench.report.tables import Table, make_tables, to_markdown
+from kangaroo.bench.report.words import facts, lead
 
 TITLE = "Speculative decoding, measured"
 INTRODUCTION = (

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kangaroo.bench.grid import OVERALL
-from kangaroo.bench.results import Run
-from kangaroo.bench.statistics import PHASES, Summary
-from kangaroo.bench.svg import FAINT, INK, draw
-from kangaroo.bench.tables import method_name, task_name
+from kangaroo.bench.report.grid import OVERALL
+from kangaroo.bench.report.results import Run
+from kangaroo.bench.report.statistics import PHASES, Summary
+from kangaroo.bench.report.svg import FAINT, INK, draw
+from kangaroo.bench.report.tables import method_name, task_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,11 +13,11 @@ from itertools import chain
 
 import numpy as np
 
-from kangaroo.bench.bootstrap import RESAMPLES, Array, interval, resample_totals
-from kangaroo.bench.differences import FirstDifference, first_difference
-from kangaroo.bench.grid import OVERALL, Grid
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE
+from kangaroo.bench.report.bootstrap import RESAMPLES, Array, interval, resample_totals
+from kangaroo.bench.report.differences import FirstDifference, first_difference
+from kangaroo.bench.report.grid import OVERALL, Grid
 
 PHASES = ("prefill", "draft", "verify", "rest")
 TOKENS, TOTAL, DECODING = range(3)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kangaroo.bench.differences import FirstDifference
-from kangaroo.bench.published import PAPER, SOURCE, TASKS
 from kangaroo.bench.records import BASELINE
-from kangaroo.bench.results import Run
-from kangaroo.bench.statistics import PHASES, Estimate, Summary
+from kangaroo.bench.report.differences import FirstDifference
+from kangaroo.bench.report.published import PAPER, SOURCE, TASKS
+from kangaroo.bench.report.results import Run
+from kangaroo.bench.report.statistics import PHASES, Estimate, Summary
 from kangaroo.memory import human_bytes
 
 UNKNOWN = "–"
