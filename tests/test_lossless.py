@@ -19,6 +19,8 @@ from scripted import ScriptedDrafter
 from tiny import EXIT, VOCAB, build, make_adapter, target
 
 FAMILIES = ("llama", "mistral", "granite")  # mistral's window is shorter than the prompts, granite scales its logits
+# Beside those, the ones whose logits, windows or layers are unlike theirs.
+MANY_FAMILIES = ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "mixtral", "phi3", "qwen3", "starcoder2")
 SAMPLINGS = {"greedy": GREEDY, "greedy-penalised": GREEDY_PENALISED, "sampled": EVERYTHING}
 TOKENS = 16
 
@@ -47,6 +49,16 @@ def test_text_is_the_models_own_alone_and_in_a_ragged_batch(family: str, drafter
     if drafter not in {"none", *COPYING}:
         assert any(n > 0 for n in batch.accepted), "identity proves little when nothing is accepted"
         assert sum(batch.accepted) < sum(map(sum, batch.drafted)), "nor when nothing is refused"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("family", MANY_FAMILIES)
+def test_text_is_the_models_own_in_families_of_every_kind(family: str, drafter: str, sampling: Sampling) -> None:
+    """Scaled and soft-capped logits, windows shorter than the prompts, experts, biases, norms in unusual places."""
+    model = target(family)
+    run = generate(model, DRAFTERS[drafter](model), requests(PROMPTS, sampling, 10))
+    assert run.texts == expect(family, PROMPTS, sampling, 10)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)

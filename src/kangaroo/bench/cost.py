@@ -9,11 +9,17 @@ import torch
 
 from kangaroo.decode import PREFILL_CHUNK
 from kangaroo.decoder import Decoder, synchronise
+from kangaroo.drafters.draft_model import DraftModel
 from kangaroo.drafters.kangaroo import Kangaroo
+from kangaroo.drafters.kangaroo_lookup import KangarooLookup
 from kangaroo.drafters.kangaroo_tree import KangarooTree
+from kangaroo.drafters.medusa import Medusa, MedusaTree
 from kangaroo.sampling import Sampler, Sampling
 from kangaroo.state import Request, State
 from kangaroo.tree import place_chain
+
+SELF_DRAFTING = (Kangaroo, KangarooTree, KangarooLookup)
+"""What drafts with the target's first layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ def measure_costs(decoder: Decoder, *, context: int = 128, nodes: int = 8, repea
     state = State([Request([1] * context, Sampling(), 1)], cache, sampler, ())
     state.lengths += context - 1
     state.longest = context - 1
-    model = drafter.model if isinstance(drafter, Kangaroo | KangarooTree) else None
+    model = drafter.model if isinstance(drafter, SELF_DRAFTING) else None
     exit_layer = model.exit_layer if model else 0
     tokens = torch.ones(1, nodes, dtype=torch.int64, device=target.device)
 
@@ -113,8 +119,12 @@ def describe(decoder: Decoder) -> dict[str, object]:
         "device": str(target.device),
         "fingerprint": target.fingerprint,
     }
-    if isinstance(drafter, Kangaroo | KangarooTree):
+    if isinstance(drafter, SELF_DRAFTING):
         adapter = drafter.model.adapter
         facts["exit_layer"] = drafter.model.exit_layer
         facts["adapter_parameters"] = sum(p.numel() for p in adapter.parameters()) if adapter else 0
+    if isinstance(drafter, Medusa | MedusaTree):
+        facts["head_parameters"] = sum(p.numel() for p in drafter.heads.parameters())
+    if isinstance(drafter, DraftModel):
+        facts["draft_model_parameters"] = sum(p.numel() for p in drafter.model.model.parameters())
     return facts

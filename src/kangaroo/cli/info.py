@@ -7,15 +7,15 @@ from kangaroo.terminal import print_json, show_table
 
 @with_model_options
 def info(options: ModelOptions, drafter: Drafter = "kangaroo", as_json: Json = False) -> None:
-    """Sizes of target and adapter, and what drafting costs here as a share of a full step."""
+    """Sizes of target and adapter, and what drafting and verifying cost here as a share of a full step."""
     decoder = options.open(drafter)
-    facts = describe(decoder)
-    costs = measure_costs(decoder)
+    facts, costs = describe(decoder), measure_costs(decoder)
     facts["full_step_seconds"] = costs.full_step
-    facts["shallow_share"] = costs.shallow / costs.full_step
-    facts["adapter_share"] = costs.adapter / costs.full_step
-    facts["head_share"] = costs.head / costs.full_step
-    facts["draft_step_share"] = costs.draft_share
+    if costs.shallow:  # the drafter runs the target's first layers
+        facts["shallow_share"] = costs.shallow / costs.full_step
+        facts["adapter_share"] = costs.adapter / costs.full_step
+        facts["head_share"] = costs.head / costs.full_step
+        facts["draft_step_share"] = costs.draft_share
     facts["verify_share"] = {count: seconds / costs.full_step for count, seconds in costs.verify.items()}
     if as_json:
         print_json(facts)

@@ -52,7 +52,7 @@ class DraftModel:
 
     def __init__(self, model: Target, vocab_size: int, config: DraftModelConfig):
         """`vocab_size` is the target's: the draft model's logits may be padded to another size."""
-        self._model, self._vocab_size, self._config = model, vocab_size, config
+        self.model, self._vocab_size, self._config = model, vocab_size, config
         self.nodes = config.max_draft + 1
         self._cache: KVCache | None = None
         self._seen = self._lengths = self._drafted = torch.zeros(0, dtype=torch.int64)
@@ -73,7 +73,7 @@ class DraftModel:
             self._lengths = (self._lengths + change).clamp(1, self._config.max_draft)
 
     def _begin(self, state: State) -> None:
-        self._cache = self._model.new_cache(state.batch, state.cache.slots)
+        self._cache = self.model.new_cache(state.batch, state.cache.slots)
         self._seen = torch.zeros_like(state.lengths)
         self._lengths = torch.full_like(state.lengths, self._config.first_draft)
         self._drafted = torch.zeros_like(state.lengths)
@@ -94,7 +94,7 @@ class DraftModel:
             known = state.tokens.gather(1, positions) if k == 0 else tokens
             return self._fit(self._run(state, known, positions, None)[:, -1:])
 
-        left = self._model.context - 1 - state.lengths  # where its context ends, drafting does
+        left = self.model.context - 1 - state.lengths  # where its context ends, drafting does
         drafted = draft_chain(state, torch.minimum(self._lengths, left), self._config.threshold, step)
         self._steps, self._drafted = drafted.steps, drafted.valid.sum(1) - 1
         return Draft(
@@ -108,7 +108,7 @@ class DraftModel:
 
     def _run(self, state: State, tokens: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
         """Logits [B, N, V'] of tokens [B, N] at their positions, which are their slots."""
-        model, positions = self._model, positions.clamp_max(self._model.context - 1)
+        model, positions = self.model, positions.clamp_max(self.model.context - 1)
         where = place_at(positions, int(positions.max()) + 1, rows)
         # Ids past the draft model's vocabulary are padding of the target's, or as good as.
         x, _ = model.run(model.embed(tokens.clamp_max(model.vocab_size - 1)), where, self._cache)

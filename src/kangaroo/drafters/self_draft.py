@@ -7,7 +7,7 @@ token of the next round.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kangaroo.adapter import Adapter
 from kangaroo.cache import LayerShape
@@ -30,10 +30,13 @@ class SelfDraft:
     @property
     def weight_share(self) -> float:
         """Weights that one draft step reads, as a share of those a plain step reads."""
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in self.target.layers]
-        own = sum(p.numel() for p in self.adapter.parameters()) if self.adapter is not None else 0
-        head = sum(p.numel() for p in self.target.head.parameters())
-        return (sum(layers[: self.exit_layer]) + own + head) / (sum(layers) + head)
+        layers = [_weights(layer) for layer in self.target.layers]
+        head, drafting = _weights(self.target.head), sum(layers[: self.exit_layer])
+        if self.adapter is not None:
+            drafting += _weights(self.adapter)
+        if self.adapter is None or self.adapter.head is None:
+            drafting += head
+        return drafting / (sum(layers) + head)
 
     def states(self, tokens: Tensor, where: Placement, state: State) -> Tensor:
         """Run the shallow layers on tokens [B, N] -> [B, N, D]."""
@@ -78,6 +81,10 @@ class SelfDraft:
         positions = positions.clone()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
         self._unseen = states, positions
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def load_adapter(target: Target, settings: Settings) -> Adapter:
