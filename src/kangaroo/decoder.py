@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kangaroo import demo
+from kangaroo.clock import synchronise
 from kangaroo.decode import Round, decode, start
 from kangaroo.drafters import FILES, MakeDrafter, find_drafter
 from kangaroo.drafters.none import NoDrafter
@@ -199,12 +200,6 @@ def _push(text: TextStream, emitted: list[int]) -> list[Piece]:
         if text.stopped:
             break
     return pieces
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def load(

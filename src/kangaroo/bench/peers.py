@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from kangaroo.bench.methods import Measured, finish_reason, forget_peak, peak_bytes
-from kangaroo.decoder import Decoder, synchronise
+from kangaroo.clock import synchronise
+from kangaroo.decoder import Decoder
 from kangaroo.drafters.draft_model import check_vocabulary
 from kangaroo.drafters.settings import configure
 from kangaroo.errors import ConfigError

@@ -60,13 +60,15 @@ def run_bench(
     with claim(recipe.output):
         facts = describe_run(recipe, decoder, content)
         before = find_run(recipe.output, facts)
+        if before is None:
+            facts["costs"] = _costs(drafting)
+            write_facts(recipe.output, facts)
         with closing(Journal(recipe.output, [BASELINE, *(method.name for method in recipe.methods)])) as journal:
             blocks = list(_blocks(recipe, questions, journal))
-            facts = facts | {"costs": _costs(drafting)} if before is None else resumed(before, facts)
-            if blocks:
-                write_facts(recipe.output, facts)
+            if before is not None and blocks:
+                write_facts(recipe.output, resumed(before, facts))
             _measure(asker, blocks, journal, len(questions) * recipe.repeats, report)
-            write_answers(recipe.output, journal.records, decoder.tokenizer, facts["started"])
+            write_answers(recipe.output, journal.records, decoder.tokenizer, (before or facts)["started"])
             return journal.records
 
 

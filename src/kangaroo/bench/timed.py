@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import KVCache
-from kangaroo.decoder import synchronise
+from kangaroo.clock import synchronise
 from kangaroo.drafters.base import Drafter
 from kangaroo.model import Target
 from kangaroo.state import Committed, State

@@ -1,6 +1,6 @@
 """`kangaroo info`: sizes and costs."""
 
-from kangaroo.bench.cost import describe, measure_costs
+from kangaroo.bench.cost import decoder_costs, describe
 from kangaroo.cli.options import Drafter, Json, ModelOptions, with_model_options
 from kangaroo.terminal import print_json, show_table
 
@@ -9,7 +9,7 @@ from kangaroo.terminal import print_json, show_table
 def info(options: ModelOptions, drafter: Drafter = "kangaroo", as_json: Json = False) -> None:
     """Sizes of target and adapter, and what drafting and verifying cost here as a share of a full step."""
     decoder = options.open(drafter)
-    facts, costs = describe(decoder), measure_costs(decoder)
+    facts, costs = describe(decoder), decoder_costs(decoder)
     facts["full_step_seconds"] = costs.full_step
     if costs.shallow:  # the drafter runs the target's first layers
         facts["shallow_share"] = costs.shallow / costs.full_step

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kangaroo.drafters.stopping import Stopping
 from kangaroo.sampling import Stream
 from kangaroo.state import State
 from kangaroo.tree import Stop, chain
@@ -29,23 +30,24 @@ class Chain:
         return self.tokens.shape[1] - 1
 
 
-def draft_chain(state: State, limits: Tensor, threshold: float, step: Callable[[Tensor, int], Tensor]) -> Chain:
+def draft_chain(state: State, limits: Tensor, stopping: Stopping, step: Callable[[Tensor, int], Tensor]) -> Chain:
     """Draft at most `limits` [B] tokens per row, and no more than it has room for.
 
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
-    logits [B, 1, V]. A row stops after a token whose top-1 probability is below `threshold`: the token stays.
+    logits [B, 1, V]. The token after which a row stops stays in the draft.
     """
     limits = torch.minimum(limits, state.room - 1).clamp_min(0) * state.active
-    going, confident = limits > 0, torch.ones_like(state.active)
+    confident = stopping.begin(state) if bool(limits.any()) else torch.ones_like(state.active)
+    going = (limits > 0) & confident
     tokens, probs = [state.pending], list[Tensor]()
     valid = [torch.ones_like(state.pending, dtype=torch.bool)]
-    for k in range(int(limits.max())):
+    for k in range(int((limits * going).max())):
         logits = step(tokens[-1], k)
         token, q = choose(logits, torch.cat(tokens, 1), state)
         tokens.append(token)
         probs += [] if q is None else [q]
         valid.append(going[:, None])
-        confident = torch.where(going, top_probability(logits)[:, 0] >= threshold, confident)
+        confident = torch.where(going, stopping.go_on(logits), confident)
         going = going & confident & (limits > k + 1)
         if not going.any():
             break
@@ -77,8 +79,3 @@ def choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor
         return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), None
     counters = state.round_counters(nodes)[:, -1:]
     return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence)."""
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()

@@ -16,6 +16,7 @@ from torch import Tensor
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.drafters.chain import draft_chain
 from kangaroo.drafters.settings import Settings, configure, need_path
+from kangaroo.drafters.stopping import Threshold
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
@@ -95,7 +96,7 @@ class DraftModel:
             return self._fit(self._run(state, known, positions, None)[:, -1:])
 
         left = self.model.context - 1 - state.lengths  # where its context ends, drafting does
-        drafted = draft_chain(state, torch.minimum(self._lengths, left), self._config.threshold, step)
+        drafted = draft_chain(state, torch.minimum(self._lengths, left), Threshold(self._config.threshold), step)
         self._steps, self._drafted = drafted.steps, drafted.valid.sum(1) - 1
         return Draft(
             tokens=drafted.tokens,

@@ -5,21 +5,30 @@ the loop ends when every row has stopped. Differences from the authors' release:
 has left bounds its draft.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kangaroo.adapter import Adapter
+from kangaroo.calibration import Calibration
 from kangaroo.drafters.chain import draft_chain
+from kangaroo.drafters.costs import measure_costs
 from kangaroo.drafters.self_draft import SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
+from kangaroo.drafters.stopping import CostAware, Stopping, Threshold
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, chain, place_chain
+
+Stop = Literal["threshold", "auto"]
+LONGEST, MEASURED = 10, 12
+"""Tokens that "auto" drafts at most unless told otherwise; repeats of the measurement of its costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +39,19 @@ class ChainConfig:
     """The paper's gamma: drafted tokens per round at most."""
     threshold: float = 0.6
     """The paper's eta: stop after a token whose top-1 probability was below it; 0 drafts a fixed length."""
+    stop: Stop = "threshold"
+    """"auto" needs no threshold: it drafts on while the next token is expected to pay, by the adapter's calibration."""
+    draft_cost: float | None = None
+    """For "auto": cost of drafting a token, in plain steps; None measures it when the drafter is made."""
+    node_cost: float | None = None
+    """For "auto": cost of verifying one more token; likewise."""
 
     def __post_init__(self) -> None:
+        if self.stop not in get_args(Stop):
+            raise ConfigError(f"stop must be one of {', '.join(get_args(Stop))}, got {self.stop!r}")
+        for name, cost in (("draft_cost", self.draft_cost), ("node_cost", self.node_cost)):
+            if cost is not None and not 0 <= cost < math.inf:
+                raise ConfigError(f"{name} is a cost in plain steps, at least 0, got {cost}")
         if self.max_draft < 1:
             raise ConfigError(f"max_draft must be at least 1, got {self.max_draft}")
         if not 0 <= self.threshold <= 1:
@@ -41,19 +61,28 @@ class ChainConfig:
 class Kangaroo:
     """Shallow layers and adapter draft a chain; without an adapter this is plain early exit."""
 
-    def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int, config: ChainConfig):
-        self.model, self._config = SelfDraft(target, adapter, exit_layer), config
+    def __init__(
+        self,
+        target: Target,
+        adapter: Adapter | None,
+        exit_layer: int,
+        config: ChainConfig,
+        stopping: Stopping | None = None,
+    ):
+        """`stopping` overrides the threshold of the config."""
+        self.model, self._stopping = SelfDraft(target, adapter, exit_layer), stopping or Threshold(config.threshold)
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = config.max_draft + 1
-        self._steps = 0
+        self._steps, self._drafted = 0, torch.zeros(0, dtype=torch.int64)
 
     def observe(self, state: State, committed: Committed) -> None:
-        """Feed the adapter what it has not seen."""
+        """Feed the adapter what it has not seen, and the stopping rule what became of the draft."""
         nodes = torch.arange(self.nodes, device=committed.tokens.device)
         self.model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+        self._stopping.observe(state, committed, self._drafted)
 
     def draft(self, state: State) -> Draft:
-        """One token per step until every row is unsure, has no room, or has drafted `max_draft`."""
+        """One token per step until every row stops, has no room, or has drafted `max_draft`."""
         nodes = self.nodes
         where = self.model.target.prepare(place_chain(state.lengths, nodes, state.longest + nodes))
         hidden = list[Tensor]()
@@ -63,9 +92,8 @@ class Kangaroo:
             hidden.append(self.model.states(tokens, here, state))
             return self.model.logits(hidden[-1], here, state)
 
-        limits = torch.full_like(state.room, self._config.max_draft)
-        drafted = draft_chain(state, limits, self._config.threshold, step)
-        self._steps = drafted.steps
+        drafted = draft_chain(state, torch.full_like(state.room, nodes - 1), self._stopping, step)
+        self._steps, self._drafted = drafted.steps, drafted.valid.sum(1) - 1
         # The last token's shallow pass drafts nothing, but is the first part of verifying it.
         last = self.model.states(drafted.tokens[:, -1:], where[self._steps : self._steps + 1], state)
         return Draft(
@@ -83,13 +111,30 @@ class Kangaroo:
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
     """Settings: adapter, and those of ChainConfig, which default to what the adapter was evaluated with."""
     adapter = load_adapter(target, settings)
-    evaluated = {"max_draft": adapter.config.max_draft, "threshold": adapter.config.threshold}
+    auto = settings.get("stop") == "auto"
+    evaluated = {"max_draft": LONGEST if auto else adapter.config.max_draft, "threshold": adapter.config.threshold}
     config = configure(ChainConfig, evaluated | dict(settings), also=("adapter",))
-    return lambda: Kangaroo(target, adapter, adapter.config.exit_layer, config)
+    exit_layer = adapter.config.exit_layer
+    if not auto:
+        return lambda: Kangaroo(target, adapter, exit_layer, config)
+    calibration = Calibration.load(Path(settings["adapter"]))
+    draft_cost, node_cost = _costs(SelfDraft(target, adapter, exit_layer), config)
+    return lambda: Kangaroo(target, adapter, exit_layer, config, CostAware(calibration, draft_cost, node_cost))
 
 
 def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
-    """Settings: exit_layer, and those of ChainConfig."""
+    """Settings: exit_layer, and those of ChainConfig; confidences are calibrated for adapters only."""
     exit_layer = choose_exit_layer(target, settings)
     config = configure(ChainConfig, settings, also=("exit_layer",))
+    if config.stop == "auto":
+        raise ConfigError("stop = 'auto' needs an adapter, whose training calibrates its confidence; set a threshold")
     return lambda: Kangaroo(target, None, exit_layer, config)
+
+
+def _costs(model: SelfDraft, config: ChainConfig) -> tuple[float, float]:
+    """(draft_cost, node_cost) as configured, or measured."""
+    if config.draft_cost is not None and config.node_cost is not None:
+        return config.draft_cost, config.node_cost
+    costs = measure_costs(model.target, model, repeats=MEASURED)
+    draft_cost = costs.draft_share if config.draft_cost is None else config.draft_cost
+    return draft_cost, costs.node_share if config.node_cost is None else config.node_cost

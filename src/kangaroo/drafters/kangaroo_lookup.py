@@ -26,6 +26,7 @@ from kangaroo.drafters.kangaroo import ChainConfig
 from kangaroo.drafters.ngrams import NgramIndex, check_lengths
 from kangaroo.drafters.self_draft import SelfDraft, load_adapter
 from kangaroo.drafters.settings import Settings, configure
+from kangaroo.drafters.stopping import Threshold
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -98,7 +99,7 @@ class KangarooLookup:
         self.model, self._config = SelfDraft(target, adapter, exit_layer), config
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = 1 + max(config.max_draft, config.max_copy)
-        self._draft_cost = self.model.weight_share
+        self._draft_cost, self._stopping = self.model.weight_share, Threshold(config.threshold)
         self._odds: dict[int, Odds] = {}
         self._texts: dict[int, NgramIndex] = {}
         self._matches: list[int] = []
@@ -136,7 +137,7 @@ class KangarooLookup:
             return self.model.logits(hidden[-1], where[k : k + 1], state)
 
         limits = torch.where(copying, 0, self._config.max_draft)
-        drafted = draft_chain(state, limits, self._config.threshold, step)
+        drafted = draft_chain(state, limits, self._stopping, step)
         self._steps = drafted.steps
         joined = _merge(drafted, copies, copying)
         nodes = joined.tokens.shape[1]

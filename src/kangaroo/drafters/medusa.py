@@ -16,6 +16,7 @@ from torch import Tensor
 from kangaroo.cache import LayerShape
 from kangaroo.drafters.chain import draft_chain
 from kangaroo.drafters.settings import Settings, configure, need_path
+from kangaroo.drafters.stopping import Threshold
 from kangaroo.errors import ConfigError
 from kangaroo.medusa import MedusaHeads
 from kangaroo.model import Target
@@ -96,7 +97,7 @@ class Medusa:
         """One token per head, as far as there is room."""
         x = self._last.normed()
         limits = self._limit * self._last.known
-        drafted = draft_chain(state, limits, 0.0, lambda _, k: self.heads.logits(k, x))
+        drafted = draft_chain(state, limits, Threshold(0.0), lambda _, k: self.heads.logits(k, x))
         return Draft(
             tokens=drafted.tokens,
             parents=chain(state.batch, drafted.steps + 1, state.tokens.device),

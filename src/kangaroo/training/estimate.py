@@ -3,8 +3,7 @@
 import time
 from dataclasses import dataclass
 
-import torch
-
+from kangaroo.clock import synchronise
 from kangaroo.memory import available_bytes
 from kangaroo.training.batches import Batches
 from kangaroo.training.objective import Objective
@@ -69,16 +68,11 @@ def _seconds_per_token(objective: Objective, batches: Batches, recipe: Recipe) -
     batch = batches.batch(0, rows, length, recipe.seed).to(objective.device)
     seconds = 0.0
     for _ in range(2):  # the first run pays for allocations and kernels that the others find ready
-        _synchronise(objective.device)
+        synchronise(objective.device)
         began = time.perf_counter()
         objective.loss(batch).total.backward()  # type: ignore[no-untyped-call]
-        _synchronise(objective.device)
+        synchronise(objective.device)
         seconds = time.perf_counter() - began
     for parameter in objective.parameters().values():
         parameter.grad = None
     return seconds / (rows * length)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ from kangaroo.training.recipe import EvaluationSection
 
 Sums = Mapping[str, tuple[float, int]]
 """Name -> (sum over positions, their number)."""
-Judgement = tuple[bool, ...]
+Judgement = tuple[float, ...]
 """What simulated drafting must know of a token; the first says whether it would be drafted right."""
 
 
@@ -65,9 +65,7 @@ class HeldOut:
 
     def simulate(self, model: DraftModel) -> tuple[list[list[int]], int]:
         """(tokens emitted by each round of each answer, how many of all answers' tokens would be drafted right)."""
-        # Only answers are marked, so the marked tokens are theirs, document by document.
-        batches = self._batches(self.written, self.written_length, model.device)
-        judged = [judgement for batch in batches for judgement in model.judge(batch)]
+        judged = self.judge_written(model)
         rounds: list[list[int]] = [[] for _ in self.answers]
         at = 0
         for index in (i for row in self.written.rows(self.written_length) for i in row):
@@ -75,7 +73,13 @@ class HeldOut:
             rounds[index] = model.rounds(judged[at:end])
             at = end
         assert at == len(judged)
-        return rounds, sum(judgement[0] for judgement in judged)
+        return rounds, int(sum(judgement[0] for judgement in judged))
+
+    def judge_written(self, model: DraftModel) -> list[Judgement]:
+        """Of every token of the target's answers."""
+        # Only answers are marked, so the marked tokens are theirs, document by document.
+        batches = self._batches(self.written, self.written_length, model.device)
+        return [judgement for batch in batches for judgement in model.judge(batch)]
 
     def _batches(self, packed: Packed, length: int, device: torch.device) -> Iterator[Batch]:
         rows = packed.rows(length)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kangaroo.adapter import Adapter
-from kangaroo.drafters.chain import top_probability
+from kangaroo.calibration import calibrate
+from kangaroo.drafters.stopping import top_probability
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import HeldOut, Judgement, Sums
@@ -74,8 +75,11 @@ class Imitation:
             return self.held_out.evaluate(self)
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """adapter.safetensors and config.json."""
+        """The adapter, and what its confidences are worth on text that the target wrote."""
         self.adapter.save(folder, provenance)
+        with torch.no_grad(), self._precision():
+            judged = self.held_out.judge_written(self)
+        calibrate([value for _, value in judged], [bool(right) for right, _ in judged]).save(folder)
 
     def activation_bytes(self, rows: int, length: int) -> int:
         """One layer's working set of the target, the adapter's saved states, and logits, in float32."""
@@ -126,17 +130,17 @@ class Imitation:
         return {name: (value, count) for name, value in figures.items()}
 
     def judge(self, batch: Batch) -> list[Judgement]:
-        """Per marked token: would it be drafted right, and would the chain go on after the token drafted there?"""
+        """Per marked token: would it be drafted right, and how sure would the adapter be of what it drafts there?"""
         mask = learnt_positions(batch)
         logits = self.draft_logits(self.draft_states(batch, mask))
         correct = logits.argmax(-1) == batch.tokens.roll(-1, 1)[mask]
-        confident = top_probability(logits) >= self.recipe.evaluation.threshold
-        return list(zip(correct.tolist(), confident.tolist(), strict=True))
+        return list(zip(correct.tolist(), top_probability(logits).tolist(), strict=True))
 
     def rounds(self, judged: Sequence[Judgement]) -> list[int]:
         """Tokens emitted by each round over the tokens of an answer."""
-        correct, confident = zip(*judged, strict=True)
+        correct, confidence = zip(*judged, strict=True)
         settings = self.recipe.evaluation
+        confident = [value >= settings.threshold for value in confidence]
         return chain_rounds(correct, confident, max_draft=settings.max_draft, room=settings.max_tokens)
 
     def _precision(self) -> torch.autocast:

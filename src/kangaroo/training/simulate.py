@@ -30,7 +30,7 @@ def chain_rounds(correct: Sequence[bool], confident: Sequence[bool], *, max_draf
     return lengths
 
 
-def parallel_rounds(correct: Sequence[Sequence[bool]]) -> list[int]:
+def parallel_rounds(correct: Sequence[Sequence[float]]) -> list[int]:
     """Tokens emitted by each round of a chain that is drafted whole from one state, however unsure.
 
     correct[i][k] says whether a round that begins at token i of the answer would draft token i + k right.

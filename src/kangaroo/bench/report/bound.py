@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from kangaroo.bench.cost import Costs, measure_costs
+from kangaroo.bench.cost import decoder_costs
 from kangaroo.bench.report.statistics import Summary
 from kangaroo.decoder import Decoder
+from kangaroo.drafters.costs import Costs
 from kangaroo.drafters.kangaroo import Kangaroo
 from kangaroo.drafters.llma import LLMA
 from kangaroo.drafters.prompt_lookup import PromptLookup
@@ -59,6 +60,6 @@ def method_costs(decoder: Decoder) -> MethodCosts | None:
     """
     drafter = decoder.make_drafter()
     if isinstance(drafter, Kangaroo):
-        measured = measure_costs(decoder, nodes=drafter.nodes)
+        measured = decoder_costs(decoder, nodes=drafter.nodes)
         return MethodCosts(draft_share=drafter.model.weight_share, measured=measured)
     return MethodCosts(draft_share=0.0) if isinstance(drafter, COPYING) else None

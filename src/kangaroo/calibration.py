@@ -1,0 +1,89 @@
+"""What a draft model's confidence is worth: how often tokens drafted with it are the target's own.
+
+Measured at training time on held-out text that the target wrote, stored beside the adapter.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kangaroo.errors import AdapterError
+from kangaroo.files import write_atomically
+
+FILE = "calibration.json"
+BINS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A curve from confidence to the chance of being right, and the chance after a right token."""
+
+    confidence: tuple[float, ...]
+    """Rising."""
+    right: tuple[float, ...]
+    """Not falling; between two confidences the chance lies on the line between theirs."""
+    after_right: float
+    """How often the token after one that is right is right too."""
+
+    def chance(self, confidence: Tensor) -> Tensor:
+        """The chance that tokens drafted with these confidences are right."""
+        x = torch.tensor(self.confidence, dtype=torch.float64, device=confidence.device)
+        y = torch.tensor(self.right, dtype=torch.float64, device=confidence.device)
+        if len(x) == 1:
+            return y.expand_as(confidence)
+        above = torch.searchsorted(x, confidence.double()).clamp(1, len(x) - 1)
+        share = ((confidence - x[above - 1]) / (x[above] - x[above - 1])).clamp(0, 1)
+        return y[above - 1] + share * (y[above] - y[above - 1])
+
+    def save(self, folder: Path) -> None:
+        """Write calibration.json."""
+        write_atomically(folder / FILE, lambda part: part.write_text(json.dumps(asdict(self), indent=2) + "\n"))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Calibration":
+        """Read calibration.json. Raises AdapterError if it is missing or damaged."""
+        path = folder / FILE
+        if not path.is_file():
+            raise AdapterError(
+                f"no {FILE} in {folder}: stop = 'auto' needs calibrated confidences, which `kangaroo train` writes "
+                "beside an adapter; set a threshold instead, or train again"
+            )
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(tuple(table["confidence"]), tuple(table["right"]), float(table["after_right"]))
+            rising = all(a < b for a, b in pairwise(found.confidence))
+            if not (rising and len(found.confidence) == len(found.right) > 0):
+                raise ValueError("the curve does not rise")
+            return found
+        except (ValueError, KeyError, TypeError) as error:
+            raise AdapterError(f"{path} is damaged: {error}") from None
+
+
+def calibrate(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
+    """Fit the curve to drafted tokens in their order: bins of equally many, then made to rise by pooling neighbours."""
+    assert len(confidence) == len(right) > 0
+    order = np.argsort(confidence, kind="stable")
+    x, y = np.asarray(confidence, dtype=float)[order], np.asarray(right, dtype=float)[order]
+    pools: list[tuple[float, float, int]] = []  # sums of confidences and of hits, and their number
+    for part in np.array_split(np.arange(len(x)), min(BINS, len(x))):
+        pools.append((float(x[part].sum()), float(y[part].sum()), len(part)))
+        while len(pools) > 1 and _falls(pools[-2], pools[-1]):
+            last, before = pools.pop(), pools.pop()
+            pools.append((before[0] + last[0], before[1] + last[1], before[2] + last[2]))
+    after = [now for before, now in pairwise(right) if before]
+    return Calibration(
+        tuple(total / count for total, _, count in pools),
+        tuple(hits / count for _, hits, count in pools),
+        sum(after) / max(1, len(after)),
+    )
+
+
+def _falls(before: tuple[float, float, int], last: tuple[float, float, int]) -> bool:
+    """Whether two pools must become one: the chance falls, or the confidence does not rise."""
+    return last[1] / last[2] < before[1] / before[2] or last[0] / last[2] <= before[0] / before[2]

@@ -1,0 +1,178 @@
+"""When chains stop: calibrated confidences, and drafting on only while it pays."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat_model import save_chat_model
+from kangaroo.calibration import Calibration, calibrate
+from kangaroo.decode import start
+from kangaroo.decoder import load
+from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.stopping import CostAware, Threshold
+from kangaroo.errors import AdapterError, ConfigError
+from kangaroo.sampling import Sampling
+from kangaroo.state import Committed, State
+from kangaroo.tree import Stop, place_chain
+from oracle import GREEDY
+from runs import CALIBRATION, PROMPTS, drive, generate, requests
+from tiny import EXIT, make_adapter, target
+
+# --- calibration
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=200))
+def test_a_calibration_rises_and_keeps_the_mean(drafted: list[tuple[float, bool]]) -> None:
+    confidence, right = [c for c, _ in drafted], [r for _, r in drafted]
+    found = calibrate(confidence, right)
+    assert list(found.confidence) == sorted(set(found.confidence))
+    assert list(found.right) == sorted(found.right)
+    assert all(0 <= chance <= 1 for chance in found.right)
+    between = found.chance(torch.linspace(0, 1, 50, dtype=torch.float64))
+    assert bool((between[1:] >= between[:-1]).all())
+    if len(found.right) == 1:
+        assert found.right[0] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_calibration_finds_the_curve_that_tokens_were_drawn_from() -> None:
+    confidence = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) < confidence**2
+    found = calibrate(confidence.tolist(), right.tolist())
+    asked = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    assert found.chance(asked).tolist() == pytest.approx((asked**2).tolist(), abs=0.04)
+    assert found.after_right == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
+    CALIBRATION.save(tmp_path)
+    assert Calibration.load(tmp_path) == CALIBRATION
+    table = json.loads((tmp_path / "calibration.json").read_text())
+    (tmp_path / "calibration.json").write_text(json.dumps(table | {"confidence": [0.5, 0.5, 0.9]}))
+    with pytest.raises(AdapterError, match="damaged"):
+        Calibration.load(tmp_path)
+    (tmp_path / "calibration.json").write_text("{")
+    with pytest.raises(AdapterError, match="damaged"):
+        Calibration.load(tmp_path)
+
+
+# --- the rule
+
+
+def logits_of(confidences: list[float]) -> torch.Tensor:
+    """[B, 1, 3] logits whose best token has these probabilities."""
+    rest = [(1 - c) / 2 for c in confidences]
+    return torch.tensor([[[c, r, r]] for c, r in zip(confidences, rest, strict=True)], dtype=torch.float64).log()
+
+
+def two_rows() -> State:
+    model = target("llama")
+    return start(model, Kangaroo(model, None, EXIT, ChainConfig()), requests(PROMPTS[:2], GREEDY, 9))
+
+
+def round_over(state: State, rule: CostAware, emitted: list[int], drafted: list[int]) -> None:
+    count = torch.tensor(emitted)
+    where = place_chain(state.lengths, 1, state.longest + 1)
+    rule.observe(state, Committed(state.pending, where, count, {}, torch.zeros(2, 1)), torch.tensor(drafted))
+
+
+@torch.inference_mode()
+def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
+    """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted."""
+    state = start(
+        target("llama"), Kangaroo(target("llama"), None, EXIT, ChainConfig()), requests(PROMPTS[:2], GREEDY, 9)
+    )
+    rule = CostAware(CALIBRATION, draft_cost=0.25, node_cost=0.05)
+    assert rule.begin(state).tolist() == [True, True]  # 0.6 > 0.3 x 1
+    assert rule.go_on(logits_of([0.9, 0.5])).tolist() == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
+    assert rule.go_on(logits_of([0.9, 0.9])).tolist() == [True, False]  # 0.81 x 0.6
+    round_over(state, rule, [3, 1], [2, 2])
+    # The first row emitted 3 for 1.6 steps: its rate is (4 + 3) / (4 + 1.6), and drafting has to beat it.
+    rule.begin(state)
+    # It kept 2 of a promised 1.8 tokens, the second none of a promised 0.5: chances there count (4 + 0) / (4 + 0.5).
+    assert rule.go_on(logits_of([0.7, 0.7])).tolist() == [
+        0.7 * 0.6 > 0.3 * 1.25,
+        0.7 * 0.6 * (4 / 4.5) ** 2 > 0.3 * 5 / 5.6,
+    ]
+
+
+@torch.inference_mode()
+def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> None:
+    state = start(
+        target("llama"), Kangaroo(target("llama"), None, EXIT, ChainConfig()), requests(PROMPTS[:2], GREEDY, 9)
+    )
+    rule, begun = CostAware(CALIBRATION, draft_cost=0.3, node_cost=0.1), []
+    for _ in range(40):
+        goes = rule.begin(state).tolist()
+        begun.append(goes[0])
+        assert goes[1]  # the other row's are right
+        round_over(state, rule, [1, 2], [int(goes[0]), 1])
+    assert begun[0]
+    assert 0 < sum(begun) < 30
+    assert any(begun[-15:]), "after a while one is tried again"
+
+
+def test_chains_without_hope_are_not_drafted_and_say_why() -> None:
+    model = target("llama")
+    rule = CostAware(CALIBRATION, draft_cost=2.0, node_cost=0.0)
+    drafter = Kangaroo(model, make_adapter(model), EXIT, ChainConfig(), rule)
+    state = start(model, drafter, requests(PROMPTS, GREEDY, 6))
+    with torch.inference_mode():
+        draft = drafter.draft(state)
+    assert draft.tokens.shape[1] == 1
+    assert draft.stops == (Stop.CONFIDENCE,) * 3
+    run = drive(model, drafter, state)
+    assert all(count == 0 for row in run.drafted for count in row)
+
+
+def test_dearer_drafts_are_shorter() -> None:
+    model = target("llama")
+
+    def drafted(cost: float) -> int:
+        rule = CostAware(CALIBRATION, draft_cost=cost, node_cost=0.01)
+        drafter = Kangaroo(model, make_adapter(model), EXIT, ChainConfig(), rule)
+        return sum(map(sum, generate(model, drafter, requests(PROMPTS, GREEDY, 40)).drafted))
+
+    assert drafted(0.02) > drafted(0.2) > drafted(0.6)
+
+
+def test_a_threshold_of_zero_never_stops() -> None:
+    assert Threshold(0.0).go_on(logits_of([0.34, 1.0])).tolist() == [True, True]
+
+
+# --- from the outside
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+def test_auto_needs_a_calibration_and_measures_its_costs(chat: Path) -> None:
+    settings = {"adapter": chat / "adapter", "dtype": torch.float64, "stop": "auto"}
+    with pytest.raises(AdapterError, match="needs calibrated confidences"):
+        load(chat / "target", **settings)
+    CALIBRATION.save(chat / "adapter")
+    decoder = load(chat / "target", **settings)
+    hot = Sampling(temperature=0.9, seed=2)
+    for sampling in (Sampling(), hot):
+        got = decoder.generate(["Where would", "I need"], max_tokens=24, sampling=sampling)
+        want = decoder.plain().generate(["Where would", "I need"], max_tokens=24, sampling=sampling)
+        assert [c.tokens for c in got] == [c.tokens for c in want]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "settings"),
+    [
+        ("kangaroo", {"stop": "soon"}),
+        ("kangaroo", {"stop": "auto", "draft_cost": -1.0}),
+        ("early-exit", {"stop": "auto"}),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(chat: Path, drafter: str, settings: dict[str, object]) -> None:
+    files = {"adapter": chat / "adapter"} if drafter == "kangaroo" else {}
+    with pytest.raises(ConfigError):
+        load(chat / "target", drafter=drafter, **files, **settings)
