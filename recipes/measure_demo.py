@@ -22,7 +22,7 @@ import transformers
 
 import kangaroo
 from kangaroo.bench.compare import Comparison, compare, without_end
-from kangaroo.bench.cost import measure_costs
+from kangaroo.bench.cost import decoder_costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
 from kangaroo.files import write_atomically
@@ -124,7 +124,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def bound(decoder: Decoder, result: Comparison) -> dict[str, Any]:
     """The speed-up this trace would have if a round cost only its pieces, each timed alone."""
-    costs = measure_costs(decoder, nodes=9, repeats=60)
+    costs = decoder_costs(decoder, nodes=9, repeats=60)
     emitted = sum(pair.method.stats.emitted for pair in result.pairs)
     limit = costs.bound(result.drafts, emitted)
     return {

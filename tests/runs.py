@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from kangaroo.calibration import Calibration
 from kangaroo.datastore import Datastore
 from kangaroo.decode import decode, generate_ids, start
 from kangaroo.drafters.base import Drafter
@@ -20,6 +21,7 @@ from kangaroo.drafters.medusa import Medusa, MedusaChainConfig, MedusaTree, Medu
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.drafters.rest import Rest, RestConfig
+from kangaroo.drafters.stopping import CostAware
 from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -31,10 +33,14 @@ from tiny import EXIT, VOCAB, make_adapter, make_draft_model
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2], [1, 1, 2, 3, 5, 8, 13, 21, 34, 5, 8, 13, 21])
 
+CALIBRATION = Calibration((0.1, 0.5, 0.9), (0.2, 0.5, 0.9), after_right=0.6)
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "none": lambda target: NoDrafter(),
     "kangaroo-fixed": lambda t: Kangaroo(t, make_adapter(t), EXIT, ChainConfig(max_draft=3, threshold=0)),
     "kangaroo": lambda t: Kangaroo(t, make_adapter(t), EXIT, ChainConfig(max_draft=5, threshold=0.35)),
+    "kangaroo-auto": lambda t: Kangaroo(
+        t, make_adapter(t), EXIT, ChainConfig(max_draft=6), CostAware(CALIBRATION, draft_cost=0.25, node_cost=0.05)
+    ),
     "kangaroo-tree": lambda t: KangarooTree(t, make_adapter(t), EXIT, TreeConfig(top_k=3, max_draft=3, threshold=0.05)),
     "early-exit": lambda t: Kangaroo(t, None, EXIT, ChainConfig(max_draft=4, threshold=0.2)),
     "early-exit-tree": lambda t: KangarooTree(t, None, EXIT, TreeConfig(top_k=2, max_draft=4, threshold=0.02)),

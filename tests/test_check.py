@@ -8,9 +8,9 @@ import kangaroo
 from chat_model import save_chat_model
 from kangaroo.bench.check import CheckReport, check, expect, find_difference
 from kangaroo.bench.compare import compare, without_end
-from kangaroo.bench.cost import Costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
+from kangaroo.drafters.costs import Costs
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.sampling import Sampling
 from kangaroo.state import State

@@ -11,6 +11,7 @@ import torch
 from lesson import Lesson, build
 
 from kangaroo.adapter import Adapter
+from kangaroo.calibration import Calibration
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.training import loop, pieces
 from kangaroo.training.estimate import Estimate
@@ -165,6 +166,9 @@ def test_training_raises_agreement_and_keeps_the_best(make_lesson: MakeLesson) -
     rows = [row for row in run.rows() if "held_out/score" in row]
     assert rows[-1]["held_out/sum_min"] > rows[0]["held_out/sum_min"]
     config = json.loads((best / "config.json").read_text())
+    calibration = Calibration.load(best)
+    assert 0 < calibration.after_right <= 1
+    assert calibration.right[0] <= calibration.right[-1]
     scores = [row["held_out/score"] for row in rows]
     kept = config["provenance"]
     assert kept["held_out"]["simulated_cr"] == max(scores)
