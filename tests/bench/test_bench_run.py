@@ -5,89 +5,27 @@ import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from little_runs import EARLY, QUESTIONS, TOKENS, MakeRecipe, by_method, timeless
 
 import kangaroo
 from chat_model import save_chat_model
 from kangaroo import cli, drafters
 from kangaroo.bench import run
 from kangaroo.bench.answers import write_answers
-from kangaroo.bench.bound import method_costs
-from kangaroo.bench.counting import read_answers
-from kangaroo.bench.recipe import BenchRecipe
-from kangaroo.bench.records import BASELINE, RECORDS, Record, read_records
-from kangaroo.bench.results import read_run
+from kangaroo.bench.records import BASELINE, RECORDS, read_records
+from kangaroo.bench.report.bound import method_costs
+from kangaroo.bench.report.counting import read_answers
+from kangaroo.bench.report.results import read_run
 from kangaroo.bench.run import run_bench
 from kangaroo.drafters import Entry
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.state import State
-from kangaroo.toml import parse_table
 from kangaroo.tree import Draft
-
-TIMES = {"prefill", "draft", "verify", "rest"}
-QUESTIONS = [
-    {"question_id": 1, "category": "writing", "turns": ["Where would you like to eat?", "Tonight?"]},
-    {"question_id": 2, "category": "math", "turns": ["The answer is 42, naïve café.", "Why?"]},
-    {"question_id": 3, "category": "qa", "turns": ["I need 3 tickets to Oakland."]},
-    {"question_id": 4, "category": "qa", "turns": ["Where?"]},
-]
-TOKENS = 10
-EARLY = {"name": "early", "drafter": "early-exit", "exit_layer": 1, "threshold": 0.02}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("questions") / "question.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What drafting costs is timed in one test only."""
-    monkeypatch.setattr(run, "method_costs", lambda decoder: None)
-
-
-@pytest.fixture
-def recipe(model: Path, questions: Path, tmp_path: Path) -> Callable[..., BenchRecipe]:
-    def make(**changes: Any) -> BenchRecipe:
-        table = {
-            "model": str(model / "target"),
-            "questions": str(questions),
-            "output": str(tmp_path / "run"),
-            "max_tokens": TOKENS,
-            "dtype": "float64",
-            "methods": [EARLY],
-        }
-        return parse_table(BenchRecipe, table | changes, "test")
-
-    return make
-
-
-MakeRecipe = Callable[..., BenchRecipe]
-
-
-def timeless(records: list[Record]) -> list[dict[str, Any]]:
-    """Records but for their timings."""
-    found = [record.model_dump() for record in records]
-    for row in found:
-        row["turns"] = [{key: value for key, value in turn.items() if key not in TIMES} for turn in row["turns"]]
-    return found
-
-
-def by_method(records: list[Record]) -> dict[str, list[Record]]:
-    return {m: [r for r in records if r.method == m] for m in dict.fromkeys(r.method for r in records)}
 
 
 def test_every_method_answers_every_question_as_plain_decoding_does(recipe: MakeRecipe, model: Path) -> None:
@@ -155,54 +93,6 @@ def test_batches_sampling_and_barred_ends_change_no_text_either(recipe: MakeReci
     assert first.turns[0].tokens != second.turns[0].tokens, "repeats are different samples"
 
 
-def test_peers_write_the_same_text(recipe: MakeRecipe, model: Path) -> None:
-    peers = [
-        {"name": "transformers", "kind": "transformers"},
-        {"name": "lookup", "kind": "transformers", "prompt_lookup_num_tokens": 4},
-        {
-            "name": "assisted",
-            "kind": "transformers",
-            "draft_model": str(model / "target"),
-            "num_assistant_tokens": 3,
-            "assistant_confidence_threshold": 0.0,
-        },
-    ]
-    methods = by_method(run_bench(recipe(methods=peers, end="barred"), limit=2))
-    for peer in peers:
-        for mine, plain in zip(methods[str(peer["name"])], methods[BASELINE], strict=True):
-            assert [turn.tokens for turn in mine.turns] == [turn.tokens for turn in plain.turns]
-            for turn in mine.turns:
-                assert sum(turn.emitted) == len(turn.tokens) == TOKENS
-                assert (turn.prefill, turn.draft, turn.verify) == (0, 0, 0)
-                assert turn.rest > 0
-    assert all(set(turn.emitted) == {1} for record in methods["transformers"] for turn in record.turns)
-    assisted = [emitted for record in methods["assisted"] for turn in record.turns for emitted in turn.emitted]
-    assert max(assisted) == 4, "a model that assists itself is always right"
-
-
-def test_a_plain_peer_takes_batches_and_others_refuse_them(recipe: MakeRecipe, tmp_path: Path) -> None:
-    peer = {"name": "transformers", "kind": "transformers"}
-    methods = by_method(run_bench(recipe(methods=[peer], batch=3)))
-    for mine, plain in zip(methods["transformers"], methods[BASELINE], strict=True):
-        assert [turn.tokens for turn in mine.turns] == [turn.tokens for turn in plain.turns]
-    with pytest.raises(ConfigError, match="one prompt at a time, got batch = 3"):
-        run_bench(recipe(methods=[{**peer, "prompt_lookup_num_tokens": 4}], batch=3, output=str(tmp_path / "other")))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"prompt_lookup_num_tokns": 3}, "did you mean 'prompt_lookup_num_tokens'"),
-        ({"prompt_lookup_num_tokens": 3, "draft_model": "x"}, "not both"),
-        ({"max_matching_ngram_size": 3}, "max_matching_ngram_size needs prompt_lookup_num_tokens"),
-        ({"draft_model": "demo"}, "no draft model came with this model"),
-    ],
-)
-def test_settings_of_peers_that_cannot_be(recipe: MakeRecipe, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run_bench(recipe(methods=[{"name": "t", "kind": "transformers", **settings}]))
-
-
 def test_a_larger_limit_adds_to_the_records_of_a_smaller_one(recipe: MakeRecipe) -> None:
     settings, calls = recipe(), list[tuple[int, int]]()
     few = run_bench(settings, limit=2)
@@ -243,7 +133,22 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(recipe: MakeRecip
             path.write_bytes(path.read_bytes()[:-100])
     assert kills > 1
     assert timeless(read_records(settings.output)) == expected
-    assert len(read_run(settings.output, "killed").provenance["resumed"]) >= kills
+    # A run that was killed after its last answer has nothing left to go on with.
+    assert len(read_run(settings.output, "killed").provenance["resumed"]) in (kills - 1, kills)
+
+
+def test_a_run_that_ended_before_its_first_answer_starts_again(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "method_costs", lambda decoder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_bench(recipe(), limit=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_bench(recipe(), limit=1)
+    assert len(run_bench(recipe(), limit=1)) == 2
 
 
 def test_torn_lines_and_unfinished_questions_are_measured_again(recipe: MakeRecipe) -> None:
