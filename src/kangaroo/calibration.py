@@ -3,6 +3,7 @@
 Measured at training time on held-out text that the target wrote, stored beside the adapter.
 """
 
+import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kangaroo.errors import AdapterError
 from kangaroo.files import write_atomically
@@ -31,14 +30,13 @@ class Calibration:
     after_right: float
     """How often the token after one that is right is right too."""
 
-    def chance(self, confidence: Tensor) -> Tensor:
-        """The chance that tokens drafted with these confidences are right."""
-        x = torch.tensor(self.confidence, dtype=torch.float64, device=confidence.device)
-        y = torch.tensor(self.right, dtype=torch.float64, device=confidence.device)
-        if len(x) == 1:
-            return y.expand_as(confidence)
-        above = torch.searchsorted(x, confidence.double()).clamp(1, len(x) - 1)
-        share = ((confidence - x[above - 1]) / (x[above] - x[above - 1])).clamp(0, 1)
+    def chance(self, confidence: float) -> float:
+        """The chance that a token drafted with this confidence is right."""
+        x, y = self.confidence, self.right
+        above = bisect.bisect_left(x, confidence)
+        if above in (0, len(x)):
+            return y[min(above, len(x) - 1)]
+        share = (confidence - x[above - 1]) / (x[above] - x[above - 1])
         return y[above - 1] + share * (y[above] - y[above - 1])
 
     def save(self, folder: Path) -> None:

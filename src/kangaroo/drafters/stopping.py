@@ -10,6 +10,8 @@ are calibrated confidences, scaled by how such chances have come true in the row
 of the row's first tokens; nothing at all may be drafted. Everything is counted row by row.
 """
 
+import math
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -64,85 +66,82 @@ class CostAware:
     def __init__(self, calibration: Calibration, draft_cost: float, node_cost: float):
         """Costs of drafting a token and of verifying one more, in plain steps."""
         self._calibration, self._token_cost = calibration, draft_cost + node_cost
-        self._rows: _Rows | None = None
-        self._chances: list[Tensor] = []
-        """[B] of every token of the draft under way, as calibrated."""
+        self._rows: list[_Row] = []
 
     def begin(self, state: State) -> Tensor:
         """If the row's first tokens have been right often enough."""
-        rows = self._known(state)
-        self._chances = []
-        return rows.first(self._calibration.after_right) > self._token_cost * rows.rate
+        prior = self._calibration.after_right
+        for row in self._rows:
+            row.chances = []
+        pays = [row.first(prior) > self._token_cost * row.rate for row in self._rows]
+        return torch.tensor(pays, device=state.lengths.device)
 
     def go_on(self, logits: Tensor) -> Tensor:
         """If the whole draft and one more are still likely enough."""
-        assert self._rows is not None, "a round has begun"
-        self._chances.append(self._calibration.chance(top_probability(logits)[:, 0]))
-        scaled = torch.stack([*self._chances, torch.full_like(self._chances[0], self._calibration.after_right)])
-        return (scaled * self._rows.scale).prod(0) > self._token_cost * self._rows.rate
+        confidences = top_probability(logits)[:, 0].tolist()
+        pays = []
+        for row, confidence in zip(self._rows, confidences, strict=True):
+            row.chances.append(self._calibration.chance(confidence))
+            scaled = [chance * row.scale for chance in (*row.chances, self._calibration.after_right)]
+            pays.append(math.prod(scaled) > self._token_cost * row.rate)
+        return torch.tensor(pays, device=logits.device)
 
     def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
         """Count what the rows' rounds brought and cost; a prompt begins anew."""
-        rows = self._known(state)
+        if not self._rows:
+            self._rows = [_Row() for _ in range(state.batch)]
         if committed.path is None:
-            rows.forget(committed.where.rows)
+            chosen = committed.where.rows
+            for number in range(state.batch) if chosen is None else chosen.tolist():
+                self._rows[number] = _Row()
             return
-        accepted = committed.count - 1
-        # The first token refused has been decided as well; what came after it was never asked.
-        decided = torch.minimum(committed.count, drafted)
-        foretold = torch.zeros_like(rows.foretold)
-        for place, chance in enumerate(self._chances):
-            foretold += chance * (place < decided)
-        rows.learn(committed.count, accepted, drafted, foretold, self._token_cost)
-
-    def _known(self, state: State) -> "_Rows":
-        if self._rows is None:
-            self._rows = _Rows(state.batch, state.lengths.device)
-        return self._rows
+        counts = zip(self._rows, committed.count.tolist(), drafted.tolist(), strict=True)
+        for row, emitted, proposed in counts:
+            if emitted:
+                row.learn(emitted, proposed, self._token_cost)
 
 
-class _Rows:
-    """What a row's rounds have brought so far; [B] each."""
+@dataclass(slots=True)
+class _Row:
+    """What a row's rounds have brought so far."""
 
-    def __init__(self, batch: int, device: torch.device):
-        def zeros() -> Tensor:
-            return torch.zeros(batch, dtype=torch.float64, device=device)
-
-        self.emitted, self.cost = zeros(), zeros()
-        self.accepted, self.foretold = zeros(), zeros()
-        """Accepted tokens, and how many of the decided ones their calibrated chances promised."""
-        self.hits, self.tries = zeros(), zeros()
-        """Of first tokens."""
+    emitted: float = 0.0
+    cost: float = 0.0
+    accepted: float = 0.0
+    foretold: float = 0.0
+    """How many of the tokens whose fate was decided their calibrated chances promised."""
+    hits: float = 0.0
+    tries: float = 0.0
+    """Of first tokens."""
+    chances: list[float] = field(default_factory=list)
+    """Of the tokens of the draft under way, as calibrated."""
 
     @property
-    def rate(self) -> Tensor:
+    def rate(self) -> float:
         """Tokens per plain step."""
         return (self.emitted + PRIOR) / (self.cost + PRIOR)
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> float:
         """How calibrated chances come true in this row: below 1 on text harder than what they were fitted on."""
-        return ((self.accepted + PRIOR) / (self.foretold + PRIOR)).clamp_max(1)
+        return min(1.0, (self.accepted + PRIOR) / (self.foretold + PRIOR))
 
-    def first(self, prior: float) -> Tensor:
+    def first(self, prior: float) -> float:
         """The chance of a first token."""
         return (self.hits + PRIOR * prior) / (self.tries + PRIOR)
 
-    def forget(self, rows: Tensor | None) -> None:
-        """These rows (None: all) belong to new requests."""
-        for count in (self.emitted, self.cost, self.accepted, self.foretold, self.hits, self.tries):
-            count[slice(None) if rows is None else rows] = 0
-
-    def learn(self, emitted: Tensor, accepted: Tensor, drafted: Tensor, foretold: Tensor, token_cost: float) -> None:
+    def learn(self, emitted: int, drafted: int, token_cost: float) -> None:
         """A round is over."""
-        active, tried = (emitted > 0).double(), (drafted > 0).double()
         self.emitted += emitted
-        self.cost += active * (1 + drafted * token_cost)
-        self.accepted += accepted.clamp_min(0)
-        self.foretold += foretold
-        keep = torch.where((tried == 0) & (emitted > 0), FORGET, 1.0)
-        self.hits = self.hits * keep + tried * (accepted > 0)
-        self.tries = self.tries * keep + tried * active
+        self.cost += 1 + drafted * token_cost
+        self.accepted += emitted - 1
+        # The first token refused has been decided as well; what came after it was never asked.
+        self.foretold += sum(self.chances[: min(emitted, drafted)])
+        if drafted:
+            self.hits += emitted > 1
+            self.tries += 1
+        else:
+            self.hits, self.tries = self.hits * FORGET, self.tries * FORGET
 
 
 def top_probability(logits: Tensor) -> Tensor:
