@@ -81,9 +81,7 @@ def round_over(state: State, rule: CostAware, emitted: list[int], drafted: list[
 @torch.inference_mode()
 def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
     """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted."""
-    state = start(
-        target("llama"), Kangaroo(target("llama"), None, EXIT, ChainConfig()), requests(PROMPTS[:2], GREEDY, 9)
-    )
+    state = two_rows()
     rule = CostAware(CALIBRATION, draft_cost=0.25, node_cost=0.05)
     assert rule.begin(state).tolist() == [True, True]  # 0.6 > 0.3 x 1
     assert rule.go_on(logits_of([0.9, 0.5])).tolist() == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
@@ -100,9 +98,7 @@ def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
 
 @torch.inference_mode()
 def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> None:
-    state = start(
-        target("llama"), Kangaroo(target("llama"), None, EXIT, ChainConfig()), requests(PROMPTS[:2], GREEDY, 9)
-    )
+    state = two_rows()
     rule, begun = CostAware(CALIBRATION, draft_cost=0.3, node_cost=0.1), []
     for _ in range(40):
         goes = rule.begin(state).tolist()

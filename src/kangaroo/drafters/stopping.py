@@ -70,10 +70,10 @@ class CostAware:
 
     def begin(self, state: State) -> Tensor:
         """If the row's first tokens have been right often enough."""
-        prior = self._calibration.after_right
-        for row in self._rows:
+        prior, rows = self._calibration.after_right, self._known(state)
+        for row in rows:
             row.chances = []
-        pays = [row.first(prior) > self._token_cost * row.rate for row in self._rows]
+        pays = [row.first(prior) > self._token_cost * row.rate for row in rows]
         return torch.tensor(pays, device=state.lengths.device)
 
     def go_on(self, logits: Tensor) -> Tensor:
@@ -88,17 +88,21 @@ class CostAware:
 
     def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
         """Count what the rows' rounds brought and cost; a prompt begins anew."""
-        if not self._rows:
-            self._rows = [_Row() for _ in range(state.batch)]
+        rows = self._known(state)
         if committed.path is None:
             chosen = committed.where.rows
             for number in range(state.batch) if chosen is None else chosen.tolist():
-                self._rows[number] = _Row()
+                rows[number] = _Row()
             return
-        counts = zip(self._rows, committed.count.tolist(), drafted.tolist(), strict=True)
+        counts = zip(rows, committed.count.tolist(), drafted.tolist(), strict=True)
         for row, emitted, proposed in counts:
             if emitted:
                 row.learn(emitted, proposed, self._token_cost)
+
+    def _known(self, state: State) -> "list[_Row]":
+        if not self._rows:
+            self._rows = [_Row() for _ in range(state.batch)]
+        return self._rows
 
 
 @dataclass(slots=True)
