@@ -150,18 +150,8 @@ def _difference_line(found: Difference) -> str:
 def show_lines(lines: Sequence[Line], left_out: dict[str, str]) -> None:
     """Methods side by side."""
     table = Table(box=None)
-    for heading in (
-        "drafter",
-        "text",
-        "tokens/s",
-        "speed-up",
-        "CR",
-        "drafted",
-        "accepted",
-        "prefill",
-        "draft",
-        "verify",
-    ):
+    figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
+    for heading in ("drafter", "text", *figures):
         table.add_column(heading, justify="left" if heading in ("drafter", "text") else "right")
     for line in lines:
         shares = (f"{part / line.seconds:.0%}" for part in (line.prefill, line.draft, line.verify, line.rest))
