@@ -42,6 +42,7 @@ ORDER = [
     "drafters.ngrams",
     "drafters.copying",
     "drafters.self_draft",
+    "drafters.self_chain",
     "drafters.costs",
     "drafters.none",
     "drafters.kangaroo",

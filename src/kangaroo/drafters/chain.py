@@ -9,7 +9,7 @@ from torch import Tensor
 from kangaroo.drafters.stopping import Stopping
 from kangaroo.sampling import Stream
 from kangaroo.state import State
-from kangaroo.tree import Stop, chain
+from kangaroo.tree import Draft, Stop, chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,20 @@ class Chain:
     def steps(self) -> int:
         """How many times the draft model ran: K."""
         return self.tokens.shape[1] - 1
+
+    def draft(self, *, hidden: Tensor | None = None, layers_done: int = 0) -> Draft:
+        """As what the target is to verify, with the work already done on it."""
+        batch, nodes = self.tokens.shape
+        return Draft(
+            tokens=self.tokens,
+            parents=chain(batch, nodes, self.tokens.device),
+            valid=self.valid,
+            depth=nodes - 1,
+            stops=self.stops,
+            hidden=hidden,
+            layers_done=layers_done,
+            probs=self.probs,
+        )
 
 
 def draft_chain(state: State, limits: Tensor, stopping: Stopping, step: Callable[[Tensor, int], Tensor]) -> Chain:

@@ -21,7 +21,7 @@ from kangaroo.errors import ConfigError, ModelError
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, chain, place_at
+from kangaroo.tree import Draft, place_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +98,7 @@ class DraftModel:
         left = self.model.context - 1 - state.lengths  # where its context ends, drafting does
         drafted = draft_chain(state, torch.minimum(self._lengths, left), Threshold(self._config.threshold), step)
         self._steps, self._drafted = drafted.steps, drafted.valid.sum(1) - 1
-        return Draft(
-            tokens=drafted.tokens,
-            parents=chain(state.batch, drafted.steps + 1, state.tokens.device),
-            valid=drafted.valid,
-            depth=drafted.steps,
-            stops=drafted.stops,
-            probs=drafted.probs,
-        )
+        return drafted.draft()
 
     def _run(self, state: State, tokens: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
         """Logits [B, N, V'] of tokens [B, N] at their positions, which are their slots."""

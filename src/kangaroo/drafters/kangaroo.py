@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from kangaroo.adapter import Adapter
 from kangaroo.calibration import Calibration
-from kangaroo.drafters.chain import draft_chain
 from kangaroo.drafters.costs import measure_costs
+from kangaroo.drafters.self_chain import SelfChain
 from kangaroo.drafters.self_draft import SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.drafters.stopping import CostAware, Stopping, Threshold
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, chain, place_chain
+from kangaroo.tree import Draft
 
 Stop = Literal["threshold", "auto"]
 LONGEST, MEASURED = 10, 12
@@ -73,39 +72,19 @@ class Kangaroo:
         self.model, self._stopping = SelfDraft(target, adapter, exit_layer), stopping or Threshold(config.threshold)
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = config.max_draft + 1
-        self._steps, self._drafted = 0, torch.zeros(0, dtype=torch.int64)
+        self._chain = SelfChain(self.model, self.nodes)
+        self._drafted = torch.zeros(0, dtype=torch.int64)
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen, and the stopping rule what became of the draft."""
-        nodes = torch.arange(self.nodes, device=committed.tokens.device)
-        self.model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+        self._chain.observe(state, committed)
         self._stopping.observe(state, committed, self._drafted)
 
     def draft(self, state: State) -> Draft:
         """One token per step until every row stops, has no room, or has drafted `max_draft`."""
-        nodes = self.nodes
-        where = self.model.target.prepare(place_chain(state.lengths, nodes, state.longest + nodes))
-        hidden = list[Tensor]()
-
-        def step(tokens: Tensor, k: int) -> Tensor:
-            here = where[k : k + 1]
-            hidden.append(self.model.states(tokens, here, state))
-            return self.model.logits(hidden[-1], here, state)
-
-        drafted = draft_chain(state, torch.full_like(state.room, nodes - 1), self._stopping, step)
-        self._steps, self._drafted = drafted.steps, drafted.valid.sum(1) - 1
-        # The last token's shallow pass drafts nothing, but is the first part of verifying it.
-        last = self.model.states(drafted.tokens[:, -1:], where[self._steps : self._steps + 1], state)
-        return Draft(
-            tokens=drafted.tokens,
-            parents=chain(state.batch, self._steps + 1, state.tokens.device),
-            valid=drafted.valid,
-            depth=self._steps,
-            stops=drafted.stops,
-            hidden=torch.cat([*hidden, last], 1),
-            layers_done=self.model.exit_layer,
-            probs=drafted.probs,
-        )
+        drafted = self._chain.grow(state, torch.full_like(state.room, self.nodes - 1), self._stopping)
+        self._drafted = drafted.valid.sum(1) - 1
+        return self._chain.finish(state, drafted)
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:

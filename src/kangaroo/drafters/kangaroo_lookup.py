@@ -20,17 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from kangaroo.adapter import Adapter
-from kangaroo.drafters.chain import Chain, draft_chain
+from kangaroo.drafters.chain import Chain
 from kangaroo.drafters.copying import arrivals, copy_chain
 from kangaroo.drafters.kangaroo import ChainConfig
 from kangaroo.drafters.ngrams import NgramIndex, check_lengths
+from kangaroo.drafters.self_chain import SelfChain
 from kangaroo.drafters.self_draft import SelfDraft, load_adapter
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.drafters.stopping import Threshold
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, chain, place_chain
+from kangaroo.tree import Draft
 
 EXPECTED, WEIGHT = {1: 0.2, 2: 0.4, 3: 0.6}, 4.0
 """What is assumed of copies after matches of n tokens (0.8 beyond), as if seen so many times."""
@@ -99,17 +100,16 @@ class KangarooLookup:
         self.model, self._config = SelfDraft(target, adapter, exit_layer), config
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = 1 + max(config.max_draft, config.max_copy)
+        self._chain = SelfChain(self.model, self.nodes)
         self._draft_cost, self._stopping = self.model.weight_share, Threshold(config.threshold)
         self._odds: dict[int, Odds] = {}
         self._texts: dict[int, NgramIndex] = {}
         self._matches: list[int] = []
         self._drafted: list[int] = []
-        self._steps = 0
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter and the index; after a round, learn from its outcome."""
-        nodes = torch.arange(self.nodes, device=committed.tokens.device)
-        self.model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+        self._chain.observe(state, committed)
         for arrived in arrivals(committed):
             if arrived.fresh:
                 self._texts[arrived.row] = NgramIndex(1, self._config.longest, "latest")
@@ -127,33 +127,15 @@ class KangarooLookup:
         copies = copy_chain(state, [copy for _, copy in found])
         self._matches = [match for match, _ in found]
         copying = torch.tensor(self._matches, device=state.tokens.device) > 0
-        where = self.model.target.prepare(place_chain(state.lengths, self.nodes, state.longest + self.nodes))
-        hidden = list[Tensor]()
 
-        def step(tokens: Tensor, k: int) -> Tensor:
-            if k < copies.tokens.shape[1]:
-                tokens = torch.where(copying[:, None], copies.tokens[:, k : k + 1], tokens)
-            hidden.append(self.model.states(tokens, where[k : k + 1], state))
-            return self.model.logits(hidden[-1], where[k : k + 1], state)
+        def replaced(tokens: Tensor, k: int) -> Tensor:
+            copied = copies.tokens[:, k : k + 1]  # of no width past the longest copy
+            return torch.where(copying[:, None], copied, tokens) if copied.shape[1] else tokens
 
         limits = torch.where(copying, 0, self._config.max_draft)
-        drafted = draft_chain(state, limits, self._stopping, step)
-        self._steps = drafted.steps
-        joined = _merge(drafted, copies, copying)
-        nodes = joined.tokens.shape[1]
+        joined = _merge(self._chain.grow(state, limits, self._stopping, replaced), copies, copying)
         self._drafted = (joined.valid.sum(1) - 1).tolist()
-        # Nodes that no adapter step has run pass the shallow layers together.
-        rest = self.model.states(joined.tokens[:, self._steps :], where[self._steps : nodes], state)
-        return Draft(
-            tokens=joined.tokens,
-            parents=chain(state.batch, nodes, state.tokens.device),
-            valid=joined.valid,
-            depth=nodes - 1,
-            stops=joined.stops,
-            hidden=torch.cat([*hidden, rest], 1),
-            layers_done=self.model.exit_layer,
-            probs=joined.probs,
-        )
+        return self._chain.finish(state, joined)
 
     def _look_up(self, row: int, pending: int) -> tuple[int, list[int]]:
         """(length of the match, the copy) if copying promises more, else (0, [])."""

@@ -7,7 +7,7 @@ average accuracies. A prompt of a single token has no committed token: its first
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,14 +98,7 @@ class Medusa:
         x = self._last.normed()
         limits = self._limit * self._last.known
         drafted = draft_chain(state, limits, Threshold(0.0), lambda _, k: self.heads.logits(k, x))
-        return Draft(
-            tokens=drafted.tokens,
-            parents=chain(state.batch, drafted.steps + 1, state.tokens.device),
-            valid=drafted.valid,
-            depth=drafted.steps,
-            stops=_reasons(state, self._last.known, self._limit),
-            probs=drafted.probs,
-        )
+        return replace(drafted, stops=_reasons(state, self._last.known, self._limit)).draft()
 
 
 class MedusaTree:
