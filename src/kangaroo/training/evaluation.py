@@ -50,6 +50,8 @@ class HeldOut:
         self.written_length = max(len(tokens) for tokens, _ in written)
         self.tokens = len(self.documents.rows(length)) * length
         self.tokens += len(self.written.rows(self.written_length)) * self.written_length
+        self.judged: list[Judgement] = []
+        """Of every token of the target's answers, when drafting was simulated last."""
 
     def evaluate(self, model: DraftModel) -> dict[str, float]:
         """Means of the model's figures over the documents; agreement and CR on the target's text; CR is the score."""
@@ -65,7 +67,9 @@ class HeldOut:
 
     def simulate(self, model: DraftModel) -> tuple[list[list[int]], int]:
         """(tokens emitted by each round of each answer, how many of all answers' tokens would be drafted right)."""
-        judged = self.judge_written(model)
+        # Only answers are marked, so the marked tokens are theirs, document by document.
+        batches = self._batches(self.written, self.written_length, model.device)
+        judged = self.judged = [judgement for batch in batches for judgement in model.judge(batch)]
         rounds: list[list[int]] = [[] for _ in self.answers]
         at = 0
         for index in (i for row in self.written.rows(self.written_length) for i in row):
@@ -74,12 +78,6 @@ class HeldOut:
             at = end
         assert at == len(judged)
         return rounds, int(sum(judgement[0] for judgement in judged))
-
-    def judge_written(self, model: DraftModel) -> list[Judgement]:
-        """Of every token of the target's answers."""
-        # Only answers are marked, so the marked tokens are theirs, document by document.
-        batches = self._batches(self.written, self.written_length, model.device)
-        return [judgement for batch in batches for judgement in model.judge(batch)]
 
     def _batches(self, packed: Packed, length: int, device: torch.device) -> Iterator[Batch]:
         rows = packed.rows(length)

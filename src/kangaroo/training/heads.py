@@ -12,6 +12,7 @@ from kangaroo.medusa import MedusaHeads
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import HeldOut, Judgement, Sums
+from kangaroo.training.for_target import ForTarget
 from kangaroo.training.objective import Loss
 from kangaroo.training.pieces import LOGITS_AT_ONCE, sum_in_pieces
 from kangaroo.training.positions import learnt_positions, place_documents
@@ -24,7 +25,7 @@ NOTHING = -100
 """In place of a token that a head has nothing to learn from."""
 
 
-class LaterTokens:
+class LaterTokens(ForTarget):
     """Cross-entropy of every head against the token it is to predict, with less weight the further ahead.
 
     Head i learns at position t if the token at t + 2 + i is marked and belongs to the same document. The loss is summed
@@ -32,11 +33,11 @@ class LaterTokens:
     of means. The target runs online under no_grad.
     """
 
+    recipe: MedusaRecipe
+
     def __init__(self, target: Target, heads: MedusaHeads, held_out: HeldOut, recipe: MedusaRecipe):
-        self.target, self.heads, self.held_out, self.recipe = target, heads, held_out, recipe
-        self.device = target.device
-        self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
-        self.evaluation_tokens = held_out.tokens
+        super().__init__(target, held_out)
+        self.heads, self.recipe = heads, recipe
         decay = recipe.loss.decay ** torch.arange(heads.config.heads, dtype=torch.float32)
         self.weights = decay.to(target.device)
 
@@ -47,16 +48,10 @@ class LaterTokens:
     def loss(self, batch: Batch) -> Loss:
         """The weighted loss; beside it head 0's accuracy, and how many tokens of a whole draft the text confirms."""
         wanted = self.wanted(batch)
-        with self._precision():
+        with self.precision():
             losses, right, confirmed = self._compare(batch, wanted)
         extra = {"accuracy": float(right[0]), "confirmed": float(confirmed)}
         return Loss((losses * self.weights).sum(), int((wanted[..., 0] != NOTHING).sum()), extra)
-
-    @torch.no_grad()
-    def evaluate(self) -> Mapping[str, float]:
-        """Loss and accuracy of each head on held-out documents, and the simulated CR, which is the score."""
-        with self._precision():
-            return self.held_out.evaluate(self)
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
         """heads.safetensors and config.json."""
@@ -64,9 +59,7 @@ class LaterTokens:
 
     def activation_bytes(self, rows: int, length: int) -> int:
         """One layer's working set of the target, the blocks' saved states, and logits, in float32."""
-        config, tokens, heads = self.target.config, rows * length, self.heads.config.heads
-        layer = 8 * self.target.width + 3 * getattr(config, "intermediate_size", 4 * self.target.width)
-        attention = 2 * length * getattr(config, "num_attention_heads", 1)
+        tokens, heads, (layer, attention) = rows * length, self.heads.config.heads, self.layer_floats(length)
         logits = 3 * min(tokens * heads * self.target.vocab_size, LOGITS_AT_ONCE)
         return 4 * (tokens * (layer + attention + (1 + 3 * heads) * self.target.width) + logits)
 
@@ -125,6 +118,3 @@ class LaterTokens:
     def rounds(self, judged: Sequence[Judgement]) -> list[int]:
         """Tokens emitted by each round over the tokens of an answer."""
         return parallel_rounds(judged)
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")

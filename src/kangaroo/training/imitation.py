@@ -14,6 +14,7 @@ from kangaroo.drafters.stopping import top_probability
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import HeldOut, Judgement, Sums
+from kangaroo.training.for_target import ForTarget
 from kangaroo.training.objective import Loss
 from kangaroo.training.pieces import LOGITS_AT_ONCE, sum_in_pieces
 from kangaroo.training.positions import learnt_positions, place_documents
@@ -41,7 +42,7 @@ class Comparison:
         }
 
 
-class Imitation:
+class Imitation(ForTarget):
     """Soft cross-entropy and acceptance loss of an adapter against its target, which runs online under no_grad.
 
     Position t is learnt from if the token at t + 1 is marked and belongs to the same document: there the adapter reads
@@ -50,11 +51,11 @@ class Imitation:
     attends to them, in the target and in the adapter, from rotary position 0 as in decoding.
     """
 
+    recipe: AdapterRecipe
+
     def __init__(self, target: Target, adapter: Adapter, held_out: HeldOut, recipe: AdapterRecipe):
-        self.target, self.adapter, self.held_out, self.recipe = target, adapter, held_out, recipe
-        self.device = target.device
-        self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
-        self.evaluation_tokens = held_out.tokens
+        super().__init__(target, held_out)
+        self.adapter, self.recipe = adapter, recipe
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The adapter's weights; the target's never change."""
@@ -63,29 +64,20 @@ class Imitation:
     def loss(self, batch: Batch) -> Loss:
         """The recipe's loss, summed over the positions learnt from; agreement and sum-min beside it."""
         mask = learnt_positions(batch)
-        with self._precision():
+        with self.precision():
             draft, final = self._states(batch, mask)
             compared = self.compare(draft, final)
         return Loss(compared.loss, int(mask.sum()), compared.figures())
 
-    @torch.no_grad()
-    def evaluate(self) -> Mapping[str, float]:
-        """Means over held-out documents, and the simulated CR on text the target wrote, which is the score."""
-        with self._precision():
-            return self.held_out.evaluate(self)
-
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """The adapter, and what its confidences are worth on text that the target wrote."""
+        """The adapter, and what its confidences were worth on text that the target wrote, as last evaluated."""
         self.adapter.save(folder, provenance)
-        with torch.no_grad(), self._precision():
-            judged = self.held_out.judge_written(self)
+        judged = self.held_out.judged
         calibrate([value for _, value in judged], [bool(right) for right, _ in judged]).save(folder)
 
     def activation_bytes(self, rows: int, length: int) -> int:
         """One layer's working set of the target, the adapter's saved states, and logits, in float32."""
-        config, tokens = self.target.config, rows * length
-        layer = 8 * self.target.width + 3 * getattr(config, "intermediate_size", 4 * self.target.width)
-        attention = 2 * length * getattr(config, "num_attention_heads", 1)
+        tokens, (layer, attention) = rows * length, self.layer_floats(length)
         logits = 6 * min(tokens * self.target.vocab_size, LOGITS_AT_ONCE)
         return 4 * (tokens * (2 * layer + attention + 12 * self.target.width) + logits)
 
@@ -142,6 +134,3 @@ class Imitation:
         settings = self.recipe.evaluation
         confident = [value >= settings.threshold for value in confidence]
         return chain_rounds(correct, confident, max_draft=settings.max_draft, room=settings.max_tokens)
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
