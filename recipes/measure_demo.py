@@ -9,21 +9,19 @@ Speeds are ratios of interleaved runs in one process. Run it on an otherwise idl
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import kangaroo
 from kangaroo.bench.compare import Comparison, compare, without_end
 from kangaroo.bench.cost import decoder_costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
+from kangaroo.environment import surroundings
 from kangaroo.files import write_atomically
 from kangaroo.sampling import Sampling
 from kangaroo.training.data import choose_documents
@@ -31,22 +29,6 @@ from kangaroo.training.reading import read_recipe
 from kangaroo.tree import sequence
 
 TOKENS = 64
-
-
-def provenance() -> dict[str, Any]:
-    """Where and with what a record was made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    return {
-        "commit": commit,
-        "machine": f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "when": time.strftime("%Y-%m-%d"),
-    }
 
 
 def figures(result: Comparison) -> dict[str, Any]:
@@ -180,7 +162,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    began = provenance()
+    began = surroundings() | {"when": time.strftime("%Y-%m-%d")}
     found = loss(options.data) if options.what == "loss" else tune() if options.what == "tune" else held_out()
     record = {"what": options.what, **began, "figures": found}
     write_atomically(options.output, lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))

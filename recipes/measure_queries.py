@@ -25,7 +25,7 @@ from kangaroo.decoder import Decoder
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.ngrams import NgramIndex
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.environment import commit, machine, versions
+from kangaroo.environment import surroundings
 from kangaroo.files import write_atomically
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, State
@@ -102,9 +102,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    revision, dirty = commit()
-    record = {"commit": revision, "dirty": dirty, "versions": versions(), "machine": machine(), "threads": 1}
-    record |= {"rounds": rounds(), "query_microseconds": queries()}
+    record = surroundings() | {"rounds": rounds(), "query_microseconds": queries()}
     write_atomically(options.output, lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))
     print(json.dumps(record, indent=2))
 

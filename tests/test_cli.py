@@ -1,13 +1,12 @@
 """The command line, run as a user runs it."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from chat_model import save_chat_model
-from kangaroo import cli
+from command import invoke
 
 
 @pytest.fixture(scope="module")
@@ -15,22 +14,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_chat_model(tmp_path_factory.mktemp("chat"))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["kangaroo", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_generate_streams_plain_text_when_not_on_a_terminal(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_streams_plain_text_when_not_on_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(folder / "target")
     assert (
-        run(
-            monkeypatch,
+        invoke(
             "generate",
             "--model",
             model,
@@ -47,57 +34,51 @@ def test_generate_streams_plain_text_when_not_on_a_terminal(
 
 
 def test_a_file_of_prompts_is_answered_as_a_batch(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Where?\n\nThe answer\n")
     options = ("--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--max-tokens", "8", "--json")
-    assert run(monkeypatch, "generate", *options, "--prompts", str(prompts)) == 0
+    assert invoke("generate", *options, "--prompts", str(prompts)) == 0
     found = json.loads(capsys.readouterr().out)
     assert [answer["prompt"] for answer in found["answers"]] == ["Where?", "The answer"]
     assert found["emitted"] == sum(len(answer["tokens"]) for answer in found["answers"])
-    assert run(monkeypatch, "generate", *options, "--prompt", "Where?") == 0
+    assert invoke("generate", *options, "--prompt", "Where?") == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["tokens"] == found["answers"][0]["tokens"]
 
 
 def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means_anything(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--set", "exit_layer=1", "--json")
     options = (*options, "--set", "threshold=0.02", "--temperature", "0", "--batch", "4")
-    assert run(monkeypatch, *options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
+    assert invoke(*options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lossless"]
     report = found["drafters"]["early-exit"]
     assert report["tokens"] >= 2000
     assert report["rounds"]["none"] > 0
     assert report["rounds"]["all"] + report["rounds"]["some"] > 0
-    assert run(monkeypatch, *options, "--prompts", "2", "--max-tokens", "4") == 1
+    assert invoke(*options, "--prompts", "2", "--max-tokens", "4") == 1
     found = json.loads(capsys.readouterr().out)
     assert "tokens were compared" in found["drafters"]["early-exit"]["problem"]
 
 
-def test_check_of_all_drafters_says_which_it_left_out(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_of_all_drafters_says_which_it_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("check", "--drafter", "all", "--model", str(folder / "target"), "--draft-model", str(folder / "target"))
     options = (*options, "--temperature", "0", "--batch", "2", "--prompts", "2", "--max-tokens", "6")
-    assert run(monkeypatch, *options, "--json", "--dtype", "float64") == 1  # too few tokens to mean anything
+    assert invoke(*options, "--json", "--dtype", "float64") == 1  # too few tokens to mean anything
     found = json.loads(capsys.readouterr().out)
     assert {"draft-model", "prompt-lookup", "llma", "early-exit"} <= found["drafters"].keys()
     assert found["left_out"]["kangaroo"] == "needs --adapter"
     assert not any(report["differences"] for report in found["drafters"].values())
-    assert run(monkeypatch, *options, "--set", "max_draft=2") == 2
+    assert invoke(*options, "--set", "max_draft=2") == 2
     assert "--set belongs to one drafter" in capsys.readouterr().err
 
 
-def test_info_says_what_drafting_costs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        run(monkeypatch, "info", "--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--json") == 0
-    )
+def test_info_says_what_drafting_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("info", "--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["exit_layer"] == 1
     assert facts["adapter_parameters"] == 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32
@@ -120,22 +101,20 @@ def test_info_says_what_drafting_costs(
     ],
 )
 def test_user_mistakes_are_one_line_and_exit_code_2(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     if arguments[0] == "generate" and "--model" not in arguments:
         arguments = [*arguments, "--model", str(folder / "target")]
-    assert run(monkeypatch, *arguments) == 2
+    assert invoke(*arguments) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
 
 
-def test_compare_sets_every_drafter_beside_plain_decoding(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare_sets_every_drafter_beside_plain_decoding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--dtype", "float64")
     options = (*options, "--max-tokens", "12", "--repeats", "1")
-    assert run(monkeypatch, "compare", "Where would", *options, "--json") == 0
+    assert invoke("compare", "Where would", *options, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     lines = {line["method"]: line for line in found["drafters"]}
     assert next(iter(lines)) == "none"
@@ -146,8 +125,8 @@ def test_compare_sets_every_drafter_beside_plain_decoding(
         assert line["accepted"] == len(line["tokens"]) - line["rounds"] <= line["drafted"]
         assert line["prefill"] + line["draft"] + line["verify"] + line["rest"] == pytest.approx(line["seconds"])
     assert lines["none"]["drafted"] == 0
-    assert run(monkeypatch, "compare", "Where would", *options, "--temperature", "0.8") == 0
+    assert invoke("compare", "Where would", *options, "--temperature", "0.8") == 0
     shown = capsys.readouterr().out
     assert "identical" in shown
     assert "left out: rest (needs --datastore)" in shown
-    assert run(monkeypatch, "compare", *options) == 2
+    assert invoke("compare", *options) == 2

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import kangaroo.datastore
 from chat_model import SENTENCES, save_chat_model
-from kangaroo import cli
+from command import invoke
 from kangaroo.datastore import KIND, Datastore, Stage, build_datastore
 from kangaroo.documents import Document, read_as_model
 from kangaroo.errors import CapacityError, ConfigError, DataError, KangarooError
@@ -278,35 +278,24 @@ def test_memory_to_sort_is_counted_from_the_bytes() -> None:
 # --- the command line
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["kangaroo", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_build_and_generate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, output = str(save_chat_model(tmp_path) / "target"), str(tmp_path / "out" / "books.rest")
     (tmp_path / "books.txt").write_text("\n\n\n".join(SENTENCES))
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
     files = (str(tmp_path / "books.txt"), str(tmp_path / "chats.jsonl"))
-    assert run(monkeypatch, "datastore", "build", *files, "--model", model, "--output", output) == 0
+    assert invoke("datastore", "build", *files, "--model", model, "--output", output) == 0
     assert f"{output}: {len(DOCUMENTS)} documents, " in capsys.readouterr().out
-    assert run(monkeypatch, "datastore", "build", *files, "--model", model, "--output", output, "--json") == 0
+    assert invoke("datastore", "build", *files, "--model", model, "--output", output, "--json") == 0
     built = Datastore.open(Path(output), load_tokenizer(model), 300)
     facts = json.loads(capsys.readouterr().out)
     assert facts["documents"] == len(DOCUMENTS)
     assert facts["tokens"] == built.tokens
     assert facts["bytes"] == Path(output).stat().st_size
     options = ("generate", "--model", model, "--prompt", "The answer is 42", "--max-tokens", "6", "--json")
-    assert run(monkeypatch, *options, "--drafter", "rest", "--datastore", output) == 0
+    assert invoke(*options, "--drafter", "rest", "--datastore", output) == 0
     drafted = json.loads(capsys.readouterr().out)
-    assert run(monkeypatch, *options, "--drafter", "none") == 0
+    assert invoke(*options, "--drafter", "none") == 0
     assert drafted["tokens"] == json.loads(capsys.readouterr().out)["tokens"]
     assert drafted["drafted"] > 0
-    assert run(monkeypatch, *options, "--drafter", "rest") == 2
+    assert invoke(*options, "--drafter", "rest") == 2
     assert "kangaroo datastore build" in capsys.readouterr().err

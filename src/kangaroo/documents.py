@@ -50,7 +50,7 @@ def _read_lines(path: Path) -> Iterator[Document]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _parse(line, f"{path}, line {number}")
+                    yield _document(parse_line(line, f"{path}, line {number}"), f"{path}, line {number}")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: unreadable ({error})") from None
 
@@ -72,12 +72,23 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         raise DataError(f"{path}, after row {number}: unreadable ({error})") from None
 
 
-def _parse(line: str, where: str) -> Document:
+def parse_line(line: str, where: str) -> Any:
+    """What a line of JSON holds. Raises DataError naming the line."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    return _document(row, where)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether this is a list of one or more {"role", "content"} objects."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    )
 
 
 def _document(row: Any, where: str) -> Document:
@@ -88,13 +99,9 @@ def _document(row: Any, where: str) -> Document:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise DataError(f'{where}: "text" must be a non-empty string, got {str(row["text"])[:60]!r}')
         return Document(source, text=row["text"], where=where)
-    messages = row["messages"]
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not well_formed or not messages:
+    if not are_messages(row["messages"]):
         raise DataError(f'{where}: "messages" must be a non-empty list of {{"role", "content"}} objects')
-    return Document(source, messages=messages, where=where)
+    return Document(source, messages=row["messages"], where=where)
 
 
 def read_as_model(document: Document, tokenizer: Any) -> str:

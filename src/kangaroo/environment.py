@@ -33,6 +33,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def surroundings() -> dict[str, Any]:
+    """All that a measurement's record says of where it was made."""
+    head, dirty = commit()
+    threads = torch.get_num_threads()
+    return {"commit": head, "dirty": dirty, "versions": versions(), "machine": machine(), "threads": threads}
+
+
 def commit() -> tuple[str | None, bool]:
     """(commit of the checkout this package runs from, whether the package differs from it); (None, False) outside."""
     package = Path(__file__).parent

@@ -189,11 +189,11 @@ def _readable(value: Any) -> str:
 
 
 @contextmanager
-def progress(description: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
-    """A bar on stderr; call what it yields for every finished piece of work."""
+def progress(description: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; call what it yields with how many more pieces of work are finished."""
     with _bar(hidden) as bar:
         task = bar.add_task(description, total=total, note="")
-        yield lambda: bar.advance(task)
+        yield lambda done: bar.advance(task, done)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from little_runs import EARLY, QUESTIONS, TOKENS, MakeRecipe, by_method, timeles
 
 import kangaroo
 from chat_model import save_chat_model
-from kangaroo import cli, drafters
+from command import invoke
+from kangaroo import drafters
 from kangaroo.bench import run
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.records import BASELINE, RECORDS, read_records
@@ -321,14 +321,9 @@ def toml(model: Path, questions: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_line(
-    toml: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line(toml: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--questions", str(questions), "--limit", "2", "--output", str(tmp_path / "cli")]
-    monkeypatch.setattr(sys, "argv", ["kangaroo", "bench", str(toml), *options])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
+    assert invoke("bench", str(toml), *options) == 0
     assert "4 answers, all of them those of plain decoding, token for token" in capsys.readouterr().out
     assert len(read_records(tmp_path / "cli")) == 4
 
@@ -343,8 +338,5 @@ def test_a_users_error_names_the_method_and_the_question(
     monkeypatch.setattr(Failing, "error", CapacityError("too much"))
     monkeypatch.setattr(Failing, "left", 0)
     toml.write_text(toml.read_text().replace('drafter = "early-exit"\nexit_layer = 1', 'drafter = "failing"'))
-    monkeypatch.setattr(sys, "argv", ["kangaroo", "bench", str(toml), "--questions", str(questions)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
+    assert invoke("bench", str(toml), "--questions", str(questions)) == 2
     assert "error: too much; while early was answering question 1" in capfd.readouterr().err

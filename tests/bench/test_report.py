@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from made_up import PROVENANCE, make_run, record, save_run, turn
 
-from kangaroo import cli
+from command import invoke
 from kangaroo.bench.records import BASELINE, Difference
 from kangaroo.bench.report.results import find_mixture, read_runs
 from kangaroo.bench.report.tables import make_tables
@@ -30,18 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        assert report(patch, str(folder)) == 0
+    assert invoke("report", str(folder)) == 0
     return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["kangaroo", "report", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def table_of(folder: Path, key: str) -> list[tuple[str, ...]]:
@@ -75,8 +65,11 @@ def test_methods_are_told_apart_without_colour(page: str) -> None:
     assert len(re.findall("<pattern", time[0])) == 3, "every phase but one is hatched"
 
 
-def test_the_same_records_make_the_same_page(folder: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert report(monkeypatch, str(folder)) == 0
+def test_the_same_records_make_the_same_page(
+    folder: Path,
+    page: str,
+) -> None:
+    assert invoke("report", str(folder)) == 0
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 
@@ -153,29 +146,29 @@ def test_a_provenance_is_told_without_what_lies_on_the_machine() -> None:
     assert told == {"recipe: questions": "q.jsonl", "dirty": "no", "machine: memory": "2 GB", "machine: gpus": "–"}
 
 
-def test_a_run_of_the_baseline_alone_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_the_baseline_alone_has_a_page(
+    tmp_path: Path,
+) -> None:
     alone = save_run(tmp_path / "alone", make_run({}, tasks=("poems",), questions=1))
-    assert report(monkeypatch, str(alone)) == 0
+    assert invoke("report", str(alone)) == 0
     assert "plain decoding" in (alone / "report.html").read_text(encoding="utf-8")
 
 
-def test_several_runs_make_one_report_with_a_section_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_runs_make_one_report_with_a_section_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Folders of the same name in different places.
     folder, other = (
         save_run(tmp_path / place / "one", make_run({"kangaroo": 0.6}, tasks=("qa",), seed=seed))
         for seed, place in enumerate(("here", "there"))
     )
-    assert report(monkeypatch, str(folder), str(other)) == 2
+    assert invoke("report", str(folder), str(other)) == 2
     assert "--output" in capsys.readouterr().err
     together = tmp_path / "together"
-    assert report(monkeypatch, str(folder), str(other), "--output", str(together)) == 0
+    assert invoke("report", str(folder), str(other), "--output", str(together)) == 0
     text = (together / "report.html").read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert f">{other}</h2>" in text
-    assert report(monkeypatch, str(folder), str(folder), "--output", str(together)) == 2
+    assert invoke("report", str(folder), str(folder), "--output", str(together)) == 2
 
 
 @pytest.mark.parametrize(
@@ -199,15 +192,15 @@ def test_runs_of_different_machines_commits_or_versions_are_found(
 
 
 def test_a_mixture_is_refused_unless_asked_for_and_then_said_on_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_run(tmp_path / "one", make_run({}, tasks=("qa",)))
     other = save_run(tmp_path / "other", make_run({}, tasks=("qa",)), commit="fedcba")
     output = tmp_path / "report"
-    assert report(monkeypatch, str(folder), str(other), "--output", str(output)) == 2
+    assert invoke("report", str(folder), str(other), "--output", str(output)) == 2
     assert "--mixed" in capsys.readouterr().err
     assert not output.exists()
-    assert report(monkeypatch, str(folder), str(other), "--output", str(output), "--mixed") == 0
+    assert invoke("report", str(folder), str(other), "--output", str(output), "--mixed") == 0
     assert 'class="warning">Not everything here can be compared' in (output / "report.html").read_text(encoding="utf-8")
 
 
@@ -234,13 +227,15 @@ def test_without_matplotlib_the_extra_is_named_and_the_old_report_stays(
     run = save_run(tmp_path / "run", make_run(METHODS))
     (run / "report.md").write_text("old")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert report(monkeypatch, str(run)) == 2
+    assert invoke("report", str(run)) == 2
     assert "kangaroo-decoding[bench]" in capsys.readouterr().err
     assert (run / "report.md").read_text() == "old"
     assert not (run / "report.html").exists()
 
 
-def test_both_counts_are_shown_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_counts_are_shown_when_asked_for(
+    tmp_path: Path,
+) -> None:
     run = save_run(tmp_path / "run", [record(1, m, turn([1, 2, 3], [1, 2])) for m in (BASELINE, "ours")])
     (run / "answers").mkdir()
     for method, seconds in ((BASELINE, 2.0), ("ours", 1.0)):
@@ -255,7 +250,7 @@ def test_both_counts_are_shown_when_asked_for(tmp_path: Path, monkeypatch: pytes
         (run / "answers" / f"{method}.jsonl").write_text(json.dumps(row) + "\n")
     tokens = len(read_tokens("Hello, world."))
     assert tokens > 1
-    assert report(monkeypatch, str(run), "--legacy") == 0
+    assert invoke("report", str(run), "--legacy") == 0
     text = (run / "report.md").read_text(encoding="utf-8")
     assert f"| ours, legacy | {3 / ((tokens - 1) / 2):.2f} |" in text
     assert "| ours, corrected | 2.00 |" in text

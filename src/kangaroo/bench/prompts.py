@@ -1,15 +1,17 @@
 """Evaluation prompts: six kinds of requests, split into development and held-out by a hash of their id."""
 
 import json
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kangaroo import demo
 from kangaroo.errors import DataError
 
 Split = Literal["development", "held-out"]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,16 @@ def read_prompts(path: Path = demo.PROMPTS, split: Split | None = None) -> list[
     return [prompt for prompt in prompts if split in (None, prompt.split)]
 
 
-def interleave_kinds(prompts: list[EvaluationPrompt]) -> list[EvaluationPrompt]:
+def interleave_kinds(prompts: Sequence[EvaluationPrompt]) -> list[EvaluationPrompt]:
     """The same prompts ordered so that any first few of them cover all kinds evenly."""
-    seen: dict[str, int] = {}
-    ranked: list[tuple[int, int, EvaluationPrompt]] = []
-    for prompt in prompts:
-        ranked.append((seen.get(prompt.kind, 0), len(ranked), prompt))
-        seen[prompt.kind] = seen.get(prompt.kind, 0) + 1
-    return [prompt for _, _, prompt in sorted(ranked, key=lambda entry: entry[:2])]
+    return interleave(prompts, lambda prompt: prompt.kind)
+
+
+def interleave(items: Sequence[Item], group: Callable[[Item], Hashable]) -> list[Item]:
+    """First the first of every group, in the order in which groups appear, then the second of every group, ..."""
+    seen: dict[Hashable, int] = {}
+    ranks = []
+    for item in items:
+        ranks.append(seen.get(group(item), 0))
+        seen[group(item)] = ranks[-1] + 1
+    return [item for _, item in sorted(zip(ranks, items, strict=True), key=lambda pair: pair[0])]

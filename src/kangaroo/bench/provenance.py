@@ -7,13 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import RECORDS
 from kangaroo.decoder import Decoder
 from kangaroo.drafters import find_drafter
-from kangaroo.environment import commit, machine, versions
+from kangaroo.environment import surroundings
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
 from kangaroo.toml import parse_table
@@ -29,7 +27,6 @@ Facts = dict[str, Any]
 
 def describe_run(recipe: BenchRecipe, decoder: Decoder, questions: bytes) -> Facts:
     """The facts of a run that starts now; `questions` is the content of their file."""
-    head, dirty = commit()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.model_dump(mode="json"),
@@ -38,12 +35,8 @@ def describe_run(recipe: BenchRecipe, decoder: Decoder, questions: bytes) -> Fac
         "files": _files(recipe, decoder),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "device": str(decoder.target.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "machine": machine(),
-        "commit": head,
-        "dirty": dirty,
         "resumed": [],
+        **surroundings(),
     }
 
 

@@ -1,8 +1,9 @@
 """Questions to answer: what they are, whatever file they came from, and which of them are asked."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kangaroo.bench.prompts import interleave
 from kangaroo.errors import DataError
 
 QuestionId = int | str
@@ -52,14 +53,4 @@ def in_running_order(questions: Sequence[Question]) -> list[Question]:
 
     So a run that is limited, or cut short, speaks of all tasks; and a smaller limit asks the first of a larger one's.
     """
-    return _interleave(_interleave(questions, lambda q: (q.task, q.category)), lambda q: q.task)
-
-
-def _interleave(questions: Sequence[Question], group: Callable[[Question], Hashable]) -> list[Question]:
-    """First the first of every group, in the order in which groups appear, then the second of every group, ..."""
-    seen: dict[Hashable, int] = {}
-    ranks = []
-    for question in questions:
-        ranks.append(seen.get(group(question), 0))
-        seen[group(question)] = ranks[-1] + 1
-    return [question for _, question in sorted(zip(ranks, questions, strict=True), key=lambda pair: pair[0])]
+    return interleave(interleave(questions, lambda q: (q.task, q.category)), lambda q: q.task)

@@ -42,8 +42,7 @@ def build(
         def report(stage: Stage, done: int) -> None:
             if stage != "tokenise" and not as_json:
                 notes.print({"sort": "sorting", "write": "writing"}[stage], style="dim")
-            for _ in range(done):
-                advance()
+            advance(done)
 
         built = build_datastore(documents, tokenizer, output, report)
     facts = _Built(built.documents, built.tokens, output.stat().st_size, time.perf_counter() - began)

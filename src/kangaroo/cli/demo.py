@@ -35,7 +35,7 @@ def demo(
             [p.messages for p in chosen],
             max_tokens=max_tokens,
             sampling=measured,
-            report=lambda _: advance(),
+            report=lambda _: advance(1),
         )
     ties = sum(examine(decoder, pair, measured).is_tie for pair in result.differing)
     facts = comparison_facts(result, decoder, measured) | {"ties": ties}

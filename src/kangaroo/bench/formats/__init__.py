@@ -1,7 +1,6 @@
 """Files of questions: JSON lines in one of several formats, told apart by the keys of their first line."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from kangaroo.bench.formats import conversations, gsm8k, human_eval, plain, spec_bench, speed_bench
 from kangaroo.bench.formats.row import Row
 from kangaroo.bench.questions import Question, refuse_duplicates
+from kangaroo.documents import parse_line
 from kangaroo.errors import ConfigError, DataError
 
 
@@ -65,10 +65,7 @@ def _rows(text: str, source: str) -> Iterator[Row]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    values = parse_line(line, where)
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected a JSON object, got {line[:40]!r}")
     return values

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kangaroo.bench.questions import QuestionId
+from kangaroo.documents import are_messages
 from kangaroo.errors import DataError
 
 
@@ -58,10 +59,7 @@ class Row:
     def messages(self, key: str) -> tuple[dict[str, str], ...]:
         """A conversation that waits for an answer: {"role", "content"} objects, the last one a user's."""
         value = self._value(key)
-        well_formed = isinstance(value, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-        if not well_formed or not value or value[-1]["role"] != "user":
+        if not are_messages(value) or value[-1]["role"] != "user":
             raise self.error(
                 f'{key!r} must be a list of {{"role", "content"}} objects that ends with a user\'s, got {_shown(value)}'
             )

@@ -46,8 +46,7 @@ def bounds(summary: Summary, costs: MethodCosts | None) -> Bounds:
     """Of all rounds of a summary."""
     if costs is None or not summary.drafted:
         return Bounds(None, None)
-    emitted = sum(tokens * rounds for tokens, rounds in summary.emitted.items())
-    drafted = sum(tokens * rounds for tokens, rounds in summary.drafted.items())
+    emitted, drafted = summary.emitted_tokens, summary.drafted_tokens
     weights = None if costs.draft_share is None else emitted / (summary.rounds + costs.draft_share * drafted)
     passes = None if costs.measured is None else costs.measured.bound(list(summary.drafted.elements()), emitted)
     return Bounds(weights, passes)

@@ -65,6 +65,16 @@ class Summary:
         return self.emitted.total()
 
     @property
+    def emitted_tokens(self) -> int:
+        """In all rounds."""
+        return sum(tokens * rounds for tokens, rounds in self.emitted.items())
+
+    @property
+    def drafted_tokens(self) -> int:
+        """In all rounds."""
+        return sum(tokens * rounds for tokens, rounds in self.drafted.items())
+
+    @property
     def tokens_per_second(self) -> float:
         """Prefill included."""
         return self.tokens / sum(self.seconds.values())
@@ -72,18 +82,17 @@ class Summary:
     @property
     def compression_rate(self) -> float | None:
         """CR: mean tokens per round, the target's own one included."""
-        return _mean(self.emitted)
+        return self.emitted_tokens / self.rounds if self.rounds else None
 
     @property
     def drafted_per_round(self) -> float | None:
         """Mean drafted tokens per round."""
-        return _mean(self.drafted)
+        return self.drafted_tokens / self.drafted.total() if self.drafted else None
 
     @property
     def accepted_share(self) -> float | None:
         """Share of the drafted tokens that were emitted; None where none were drafted."""
-        drafted = _sum(self.drafted)
-        return (_sum(self.emitted) - self.rounds) / drafted if drafted else None
+        return (self.emitted_tokens - self.rounds) / self.drafted_tokens if self.drafted_tokens else None
 
     @property
     def acceptance(self) -> list[float]:
@@ -102,14 +111,6 @@ class Summary:
     def ties(self) -> int:
         """Answers that depart from the baseline's where rounding explains it."""
         return sum(difference.tie for difference in self.differences)
-
-
-def _sum(histogram: Counter[int]) -> int:
-    return sum(value * count for value, count in histogram.items())
-
-
-def _mean(histogram: Counter[int]) -> float | None:
-    return _sum(histogram) / histogram.total() if histogram else None
 
 
 def summarise(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Summary]]:
