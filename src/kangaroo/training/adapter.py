@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kangaroo import demo
 from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.frozen import train_for_target
@@ -23,7 +25,11 @@ def train_adapter(recipe: AdapterRecipe, paths: Sequence[Path], report: Report, 
 
 
 def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
-    """The untrained adapter. Raises ConfigError if the target has no such layer, or none to start from."""
+    """The adapter as training begins.
+
+    Raises ConfigError if the target has no such layer, or none to start from, or if a trained adapter is of another
+    shape than the recipe's; AdapterError if there is none, or it belongs to another target.
+    """
     config = AdapterConfig(
         exit_layer=recipe.adapter.exit_layer,
         variant=recipe.adapter.variant,
@@ -31,5 +37,20 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
         threshold=recipe.evaluation.threshold,
     )
     adapter = Adapter(target, config)
-    adapter.initialise(recipe.seed, from_target=recipe.adapter.init == "target")
+    init = recipe.adapter.init
+    if init in ("target", "random"):
+        adapter.initialise(recipe.seed, from_target=init == "target")
+    else:
+        _take_over(adapter, Adapter.load(demo.ADAPTER if init == "demo" else Path(init), target))
     return adapter
+
+
+def _take_over(adapter: Adapter, trained: Adapter) -> None:
+    for name in ("exit_layer", "variant"):
+        wanted, found = getattr(adapter.config, name), getattr(trained.config, name)
+        if wanted != found:
+            raise ConfigError(
+                f"adapter.{name} is {wanted!r}, but the adapter that adapter.init names has {found!r}; say the same, or "
+                'start from the target (adapter.init = "target")'
+            )
+    adapter.load_state_dict(trained.state_dict())

@@ -52,7 +52,8 @@ class Author:
         first, rest = documents[: settings.prompts], documents[settings.prompts :]
         asked = prompts(first, self.tokenizer, self.recipe.seed)
         fits = [len(p) + settings.max_tokens <= self.recipe.schedule.longest for p in asked]
-        chosen = [prompt for prompt, fit in zip(asked, fits, strict=True) if fit]
+        # Prompts of like length together: a batch is padded to its longest, and takes as long.
+        chosen = sorted((prompt for prompt, fit in zip(asked, fits, strict=True) if fit), key=len)
         # Noise is keyed by the index, so that prompts do not share theirs.
         common = Sampling(temperature=settings.temperature, seed=self.recipe.seed)
         requests = [Request(p, replace(common, index=i), settings.max_tokens) for i, p in enumerate(chosen)]

@@ -114,8 +114,9 @@ class AdapterSection(Section):
     exit_layer: Count
     """Layers of the target that run before the adapter."""
     variant: Literal["kangaroo", "own-head", "full-layer", "mlp-only"] = "kangaroo"
-    init: Literal["target", "random"] = "target"
-    """Start from the attention and norm of the target's own layer at the exit, or from noise."""
+    init: str = "target"
+    """Start from the attention and norm of the target's own layer at the exit ("target"), from noise ("random"), or from
+    a trained adapter: "demo", or its folder."""
 
 
 class MedusaSection(Section):
