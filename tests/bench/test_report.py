@@ -65,10 +65,18 @@ def test_methods_are_told_apart_without_colour(page: str) -> None:
     assert len(re.findall("<pattern", time[0])) == 3, "every phase but one is hatched"
 
 
-def test_the_same_records_make_the_same_page(
-    folder: Path,
-    page: str,
-) -> None:
+def test_methods_are_set_beside_another_one_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_run(tmp_path / "run", make_run({"ours": 0.6, "theirs": 0.3}))
+    assert invoke("report", str(run), "--against", "ours") == 0
+    text = (run / "report.md").read_text(encoding="utf-8")
+    table = text[text.index("### Beside ours") :].split("###")[1]
+    assert "| theirs |" in table
+    assert "| plain decoding |" in table
+    assert invoke("report", str(run), "--against", "nobody") == 2
+    assert "no method 'nobody'" in capsys.readouterr().err
+
+
+def test_the_same_records_make_the_same_page(folder: Path, page: str) -> None:
     assert invoke("report", str(folder)) == 0
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
@@ -146,9 +154,7 @@ def test_a_provenance_is_told_without_what_lies_on_the_machine() -> None:
     assert told == {"recipe: questions": "q.jsonl", "dirty": "no", "machine: memory": "2 GB", "machine: gpus": "–"}
 
 
-def test_a_run_of_the_baseline_alone_has_a_page(
-    tmp_path: Path,
-) -> None:
+def test_a_run_of_the_baseline_alone_has_a_page(tmp_path: Path) -> None:
     alone = save_run(tmp_path / "alone", make_run({}, tasks=("poems",), questions=1))
     assert invoke("report", str(alone)) == 0
     assert "plain decoding" in (alone / "report.html").read_text(encoding="utf-8")
@@ -233,9 +239,7 @@ def test_without_matplotlib_the_extra_is_named_and_the_old_report_stays(
     assert not (run / "report.html").exists()
 
 
-def test_both_counts_are_shown_when_asked_for(
-    tmp_path: Path,
-) -> None:
+def test_both_counts_are_shown_when_asked_for(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", [record(1, m, turn([1, 2, 3], [1, 2])) for m in (BASELINE, "ours")])
     (run / "answers").mkdir()
     for method, seconds in ((BASELINE, 2.0), ("ours", 1.0)):

@@ -15,7 +15,7 @@ from kangaroo.bench.records import BASELINE, Difference, Record
 from kangaroo.bench.report.bootstrap import interval, resample_totals
 from kangaroo.bench.report.bound import MethodCosts, bounds, method_costs
 from kangaroo.bench.report.grid import OVERALL, arrange
-from kangaroo.bench.report.statistics import Summary, summarise
+from kangaroo.bench.report.statistics import Summary, relative_speeds, summarise
 from kangaroo.errors import DataError
 
 TEXT = list(range(8))
@@ -59,6 +59,21 @@ def test_a_task_has_its_own_figures_and_the_baseline_is_once_as_fast_as_itself()
     assert (plain.speedup.value, plain.speedup.low, plain.speedup.high) == (1, 1, 1)
     assert plain.compression_rate == 1
     assert plain.accepted_share is None
+
+
+def test_methods_can_be_compared_with_each_other_in_pairs() -> None:
+    times = {BASELINE: (4.0, 9.0), "ours": (2.0, 3.0), "theirs": (1.0, 1.5)}
+    records = [
+        record(place + 1, method, turn(TEXT, seconds=(0.0, 0.0, seconds[place], 0.0)))
+        for method, seconds in times.items()
+        for place in range(2)
+    ]
+    grid = arrange(records)
+    assert relative_speeds(grid, BASELINE)["ours"][OVERALL] == summarise(grid)["ours"][OVERALL].speedup
+    # Twice as fast on either question: what the questions have in common is not uncertain.
+    found = relative_speeds(grid, "ours")["theirs"][OVERALL]
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    assert relative_speeds(grid, "ours")[BASELINE][OVERALL].value == pytest.approx(5 / 13)
 
 
 def test_speed_is_time_per_token_where_answers_differ_in_length() -> None:

@@ -22,11 +22,14 @@ def report(
     legacy: Annotated[
         bool, typer.Option("--legacy", help="Add Spec-Bench's own count; needs the model's tokenizer.")
     ] = False,
+    against: Annotated[
+        str | None, typer.Option(help="Compare all methods with this one too, question by question.")
+    ] = None,
 ) -> None:
     """Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds."""
     if output is None and len(folders) > 1:
         raise ConfigError(f"{len(folders)} runs make one report: say with --output which folder it belongs in")
-    runs = read_runs(folders, count=legacy)
+    runs = read_runs(folders, count=legacy, against=against)
     mixture = find_mixture(runs)
     if mixture and not mixed:
         raise DataError(f"{mixture}; report them apart, or together with --mixed")

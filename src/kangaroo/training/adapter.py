@@ -50,7 +50,7 @@ def _take_over(adapter: Adapter, trained: Adapter) -> None:
         wanted, found = getattr(adapter.config, name), getattr(trained.config, name)
         if wanted != found:
             raise ConfigError(
-                f"adapter.{name} is {wanted!r}, but the adapter that adapter.init names has {found!r}; say the same, or "
-                'start from the target (adapter.init = "target")'
+                f"adapter.{name} is {wanted!r}, but the adapter that adapter.init names has {found!r}; say the same, "
+                'or start from the target (adapter.init = "target")'
             )
     adapter.load_state_dict(trained.state_dict())

@@ -45,6 +45,8 @@ class Run:
     """By method, where they are known."""
     counts: dict[str, dict[str, BothCounts]]
     """By method and task; empty unless asked for."""
+    against: str | None = None
+    """A method that all others are compared with, beside the baseline."""
 
     @property
     def methods(self) -> list[str]:
@@ -70,10 +72,11 @@ class Run:
         return bounds(summary, self.costs.get(summary.method))
 
 
-def read_runs(folders: Sequence[Path], *, count: bool = False) -> list[Run]:
+def read_runs(folders: Sequence[Path], *, count: bool = False, against: str | None = None) -> list[Run]:
     """Read runs' folders; `count` also counts their answer files in both ways, which needs the models' tokenizers.
 
-    Raises DataError for a folder that is incomplete or damaged, or given twice; ModelError for a missing tokenizer.
+    `against` names a method that the others are compared with too. Raises DataError for a folder that is incomplete or
+    damaged, or given twice, or without that method; ModelError for a missing tokenizer.
     """
     paths = [folder.resolve() for folder in folders]
     for place, path in enumerate(paths):
@@ -82,12 +85,14 @@ def read_runs(folders: Sequence[Path], *, count: bool = False) -> list[Run]:
     names = [path.name for path in paths]
     # Folders of one name in different places are called by the whole path.
     shown = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    return [read_run(path, name, count=count) for name, path in zip(shown, paths, strict=True)]
+    return [read_run(path, name, count=count, against=against) for name, path in zip(shown, paths, strict=True)]
 
 
-def read_run(folder: Path, name: str, *, count: bool = False) -> Run:
+def read_run(folder: Path, name: str, *, count: bool = False, against: str | None = None) -> Run:
     """One of them."""
     grid, provenance = arrange(read_records(folder)), read_provenance(folder)
+    if against is not None and against not in grid.methods:
+        raise DataError(f"{name} has no method {against!r} to compare with; it has {', '.join(grid.methods)}")
     try:
         costs = TypeAdapter(dict[str, MethodCosts]).validate_python(provenance.get("costs", {}))
     except ValidationError as error:
@@ -96,7 +101,7 @@ def read_run(folder: Path, name: str, *, count: bool = False) -> Run:
     if recipe.get("batch", 1) > 1:
         costs = {}  # they are of one question at a time
     counts = count_answers(folder, grid, str(recipe.get("model", "demo"))) if count else {}
-    return Run(name, grid, summarise(grid), provenance, costs, counts)
+    return Run(name, grid, summarise(grid), provenance, costs, counts, against)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ method's and the baseline's, along. So it speaks of other questions of the same 
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -116,14 +117,35 @@ class Summary:
 def summarise(grid: Grid, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, Summary]]:
     """Summaries by method and task, OVERALL the last of the tasks. The same seed gives the same intervals."""
     summaries: dict[str, dict[str, Summary]] = {method: {} for method in grid.methods}
-    for task, questions in {**grid.tasks, OVERALL: grid.questions}.items():
-        measured = _measure(grid, questions)
-        draws = resample_totals(measured, resamples=resamples, seed=seed)
+    for task, questions, measured, draws in _resampled(grid, resamples, seed):
         for place, method in enumerate(grid.methods):
-            totals, drawn = measured.sum(0)[[0, place]], draws[:, [0, place]]
-            estimates = [_estimate(totals, drawn, column, len(questions)) for column in (TOTAL, DECODING)]
+            estimates = [_estimate(measured, draws, (0, place), column) for column in (TOTAL, DECODING)]
             summaries[method][task] = _summary(grid, method, task, questions, estimates)
     return summaries
+
+
+def relative_speeds(
+    grid: Grid, reference: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, Estimate]]:
+    """How many times as fast as `reference` each method is, by method and task, OVERALL the last of the tasks.
+
+    Paired as speed-ups are: a drawn question brings both methods' answers along.
+    """
+    first = grid.methods.index(reference)
+    speeds: dict[str, dict[str, Estimate]] = {method: {} for method in grid.methods}
+    for task, _, measured, draws in _resampled(grid, resamples, seed):
+        for place, method in enumerate(grid.methods):
+            found = _estimate(measured, draws, (first, place), TOTAL)
+            assert found is not None, "every answer takes time"
+            speeds[method][task] = found
+    return speeds
+
+
+def _resampled(grid: Grid, resamples: int, seed: int) -> Iterator[tuple[str, list[QuestionId], Array, Array]]:
+    """Every task with its questions, what was measured of them, and totals of draws [resamples, methods, columns]."""
+    for task, questions in {**grid.tasks, OVERALL: grid.questions}.items():
+        measured = _measure(grid, questions)
+        yield task, questions, measured, resample_totals(measured, resamples=resamples, seed=seed)
 
 
 def _measure(grid: Grid, questions: list[QuestionId]) -> Array:
@@ -140,16 +162,16 @@ def _measure(grid: Grid, questions: list[QuestionId]) -> Array:
     return np.array([[row(method, question) for method in grid.methods] for question in questions])
 
 
-def _estimate(totals: Array, draws: Array, column: int, questions: int) -> Estimate | None:
-    """From totals [(baseline, method), columns] and draws [resamples, ...] of them."""
-    value = float(_speedups(totals, column))
+def _estimate(measured: Array, draws: Array, pair: tuple[int, int], column: int) -> Estimate | None:
+    """Speed of the second of a pair of methods in units of the first's, from what was measured and draws of it."""
+    value = float(_speedups(measured.sum(0)[list(pair)], column))
     if math.isnan(value):
         return None
-    return Estimate(value, *interval(_speedups(draws, column))) if questions > 1 else Estimate(value)
+    return Estimate(value, *interval(_speedups(draws[:, list(pair)], column))) if len(measured) > 1 else Estimate(value)
 
 
 def _speedups(totals: Array, column: int) -> Array:
-    """Seconds per token of the baseline over the method's, from totals [..., (baseline, method), columns]."""
+    """Seconds per token of the first method over the second's, from totals [..., methods, columns]."""
     pace = totals[..., column] / totals[..., TOKENS]
     return np.asarray(pace[..., 0] / pace[..., 1])
 

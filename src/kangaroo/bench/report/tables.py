@@ -7,7 +7,7 @@ from kangaroo.bench.records import BASELINE
 from kangaroo.bench.report.differences import FirstDifference
 from kangaroo.bench.report.published import PAPER, SOURCE, TASKS
 from kangaroo.bench.report.results import Run
-from kangaroo.bench.report.statistics import PHASES, Estimate, Summary
+from kangaroo.bench.report.statistics import PHASES, Estimate, Summary, relative_speeds
 from kangaroo.memory import human_bytes
 
 UNKNOWN = "–"
@@ -28,7 +28,7 @@ class Table:
 
 def make_tables(run: Run) -> list[Table]:
     """All tables of a run; those that would be empty are left out."""
-    makers = (overview, speedups, compression, acceptance, drafts, times, bound, counts, paper, differences)
+    makers = (overview, speedups, relative, compression, acceptance, drafts, times, bound, counts, paper, differences)
     return [table for make in makers if (table := make(run)).rows]
 
 
@@ -74,6 +74,24 @@ def speedups(run: Run) -> Table:
         "With 95 % intervals over the questions of the task. From few questions they come out too narrow; one has none."
     )
     return _by_task(run, "speedup", "Speed-up", note, lambda summary: span(summary.speedup))
+
+
+def relative(run: Run) -> Table:
+    """By method and task, in units of the method that was asked for; else no rows."""
+    if run.against is None:
+        return Table("relative", "", "", (), [])
+    speeds = relative_speeds(run.grid, run.against)
+    rows = [
+        (method_name(method), *(span(speeds[method][task]) for task in run.tasks))
+        for method in run.grid.methods
+        if method != run.against
+    ]
+    note = (
+        f"Seconds per token of {method_name(run.against)} over the method's, with 95 % intervals over questions: both "
+        "methods answered each of them in turn, so that what they have in common cancels out."
+    )
+    title = f"Beside {method_name(run.against)}"
+    return Table("relative", title, note, ("method", *map(task_name, run.tasks)), rows)
 
 
 def compression(run: Run) -> Table:
