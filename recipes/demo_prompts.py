@@ -1,9 +1,10 @@
 """Choose the prompts whose answers the demo adapter learns from: short ones, and ones that fill the target's context.
 
-    python recipes/demo_prompts.py --chats chat_open.jsonl.gz --books books_public_domain.jsonl.gz --output prompts.jsonl
+    python recipes/demo_prompts.py --chats chat_open.jsonl.gz --books books_public_domain.jsonl.gz \\
+        --output prompts.jsonl
 
-Chats are training documents of the demo target: what it held out, evaluation prompts among it, is left out here too. Few
-of them are long, so tasks about passages of books are added: to sum up, to answer about several passages, to go on.
+Chats are training documents of the demo target: what it held out, evaluation prompts among it, is left out here too.
+Few of them are long, so tasks about passages of books are added: to sum up, to answer about several, to go on.
 """
 
 import argparse

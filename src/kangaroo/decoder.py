@@ -150,7 +150,12 @@ class Decoder:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> list[Completion]:
-        """Complete a batch of prompts together; each gets the text it would get alone."""
+        """Complete a batch of prompts together; each gets the text it would get alone.
+
+        Raises DataError for prompts that are none, or a single one outside a list.
+        """
+        if isinstance(prompts, str):
+            raise DataError(f"prompts must be a list, got the text {prompts[:40]!r}; write generate([prompt])")
         texts = [TextStream(self.tokenizer, stop) for _ in prompts]
         state, rounds = self._start(prompts, max_tokens, sampling or Sampling())
         pieces: list[list[Piece]] = [[] for _ in prompts]
