@@ -78,6 +78,8 @@ def test_errors_come_before_the_first_piece(folder: Path) -> None:
         decoder.generate(["The " * 1100])
     with pytest.raises(DataError, match="no prompts"):
         decoder.generate([])
+    with pytest.raises(DataError, match=r"generate\(\[prompt\]\)"):
+        decoder.generate("The")
 
 
 def test_user_mistakes_at_loading_name_the_remedy(folder: Path, tmp_path: Path) -> None:
