@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lesson
 import pytest
 import torch
 from lesson import Lesson, build
+from safetensors.torch import load_file
 
+from kangaroo import demo
 from kangaroo.adapter import Adapter
 from kangaroo.calibration import Calibration
-from kangaroo.errors import CapacityError, ConfigError, ModelError
+from kangaroo.errors import AdapterError, CapacityError, ConfigError, ModelError
 from kangaroo.training import loop, pieces
+from kangaroo.training.adapter import new_adapter
 from kangaroo.training.estimate import Estimate
 from kangaroo.training.frozen import load_target
 from kangaroo.training.imitation import Imitation
@@ -155,6 +159,63 @@ def test_answers_do_not_depend_on_the_batch_and_are_kept(make_lesson: MakeLesson
     path.write_text("\n".join(texts[0].split("\n")[:4]) + "\n[12, 5")
     build(run, regenerate__prompts=9, regenerate__temperature=1.0, regenerate__max_tokens=9)
     assert path.read_text() == texts[0]
+
+
+# Where it starts
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_starts_from_exactly_the_weights_of_a_folder(make_lesson: MakeLesson, dtype: str) -> None:
+    first, second = make_lesson(), make_lesson()
+    taken = first.train(schedule__steps=3)
+    # A rate too small to change a float32: what is kept is what it started from.
+    still = {"schedule__steps": 2, "optimizer__learning_rate": 1e-30}
+    kept = second.train(adapter__init=str(taken), run__dtype=dtype, **still)
+    before, after = weights(taken), weights(kept)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    untrained = weights(make_lesson().train(**still))
+    assert not torch.equal(before["attention.q_proj.weight"], untrained["attention.q_proj.weight"])
+
+
+def test_starts_from_the_demo_adapter(make_lesson: MakeLesson) -> None:
+    shipped = {"target": "demo", "adapter__exit_layer": 3, "adapter__variant": "full-layer", "adapter__init": "demo"}
+    recipe = make_lesson().settings(**shipped)
+    adapter = new_adapter(load_target(recipe)[0], recipe)
+    expected = weights(demo.ADAPTER)
+    assert all(torch.equal(value, expected[name]) for name, value in adapter.state_dict().items())
+    assert all(parameter.requires_grad for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter__exit_layer": 1}, r"adapter\.exit_layer is 1, but the adapter that adapter\.init names has 2"),
+        ({"adapter__variant": "mlp-only"}, r"adapter\.variant is 'mlp-only', but .* names has 'kangaroo'"),
+    ],
+)
+def test_starting_from_another_shape_is_refused(make_lesson: MakeLesson, changes: dict[str, Any], message: str) -> None:
+    taken, run = make_lesson().train(schedule__steps=1), make_lesson()
+    with pytest.raises(ConfigError, match=message):
+        run.train(adapter__init=str(taken), **changes)
+    assert not run.output.exists()
+
+
+def test_starting_from_no_adapter_is_refused(make_lesson: MakeLesson, tmp_path: Path) -> None:
+    heads, run = make_lesson(lesson.MEDUSA).train(schedule__steps=1), make_lesson()
+    for init, message in [
+        (tmp_path, f"no adapter in {tmp_path}"),
+        (heads, "no adapter in .* says Medusa heads"),
+        ("targt", "no adapter in targt"),
+        ("demo", "width 128, but the target has 32"),
+    ]:
+        with pytest.raises(AdapterError, match=message):
+            run.train(adapter__init=str(init))
+    assert not run.output.exists()
 
 
 # The run

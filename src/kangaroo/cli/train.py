@@ -12,7 +12,12 @@ from kangaroo.training.run import train as train_recipe
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo-adapter.toml.")],
-    data: Annotated[list[Path], typer.Option("--data", help="Chat JSONL(.gz), Parquet or text; may be repeated.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data", help="Chat JSONL(.gz), Parquet or text; may be repeated. Not for recipes with [synthesis]."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -24,5 +29,5 @@ def train(
     if max_steps is not None:
         overrides["schedule.steps"] = max_steps
     with training_progress() as report:
-        folder = train_recipe(recipe, data, overrides=overrides, resume=resume, report=report)
+        folder = train_recipe(recipe, data or (), overrides=overrides, resume=resume, report=report)
     out.print(f"best weights: {folder}")

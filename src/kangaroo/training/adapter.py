@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from kangaroo import demo
 from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.errors import ConfigError
@@ -41,11 +43,12 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
     if init in ("target", "random"):
         adapter.initialise(recipe.seed, from_target=init == "target")
     else:
-        _take_over(adapter, Adapter.load(demo.ADAPTER if init == "demo" else Path(init), target))
+        _take_over(adapter, demo.ADAPTER if init == "demo" else Path(init))
     return adapter
 
 
-def _take_over(adapter: Adapter, trained: Adapter) -> None:
+def _take_over(adapter: Adapter, folder: Path) -> None:
+    trained = Adapter.load(folder, adapter.target)
     for name in ("exit_layer", "variant"):
         wanted, found = getattr(adapter.config, name), getattr(trained.config, name)
         if wanted != found:
@@ -53,4 +56,5 @@ def _take_over(adapter: Adapter, trained: Adapter) -> None:
                 f"adapter.{name} is {wanted!r}, but the adapter that adapter.init names has {found!r}; say the same, "
                 'or start from the target (adapter.init = "target")'
             )
-    adapter.load_state_dict(trained.state_dict())
+    # From the file once more: what was loaded has the target's precision, which may be lower than that of training.
+    adapter.load_state_dict(load_file(folder / Adapter.file))

@@ -16,8 +16,6 @@ def choose_documents(paths: Sequence[Path], settings: DataSection, seed: int) ->
 
     Raises DataError if nothing is left to train on.
     """
-    if not paths:
-        raise DataError("no data: name at least one file")
     rows = (document for path in paths for document in read_documents(path))
     documents = [d for d in rows if not settings.sources or d.source in settings.sources]
     if len(documents) <= settings.held_out:
@@ -30,8 +28,21 @@ def choose_documents(paths: Sequence[Path], settings: DataSection, seed: int) ->
     return shuffled[settings.held_out :][: settings.limit], shuffled[: settings.held_out]
 
 
+class Given:
+    """Documents in files. Raises DataError if there are no files, or one is missing."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths, self.digest = paths, hash_files(paths)
+
+    def files(self) -> Sequence[Path]:
+        """All of them."""
+        return self._paths
+
+
 def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 over the bytes of the files in order, for provenance."""
+    """SHA-256 over the bytes of the files in order, for provenance. Raises DataError if there are none."""
+    if not paths:
+        raise DataError("no data: name at least one file")
     digest = hashlib.sha256()
     for path in paths:
         if not path.is_file():

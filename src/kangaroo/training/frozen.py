@@ -12,13 +12,14 @@ from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.training.author import Author
 from kangaroo.training.batches import Packed
-from kangaroo.training.data import choose_documents, hash_files
+from kangaroo.training.data import Given, choose_documents
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.loop import Trainer
 from kangaroo.training.objective import Objective
 from kangaroo.training.recipe import FrozenTargetRecipe
 from kangaroo.training.report import Report
 from kangaroo.training.resume import find_progress
+from kangaroo.training.synthesis import Synthesis
 
 Begin = Callable[[Target], Callable[[HeldOut], Objective]]
 """Makes the weights to train for a target, at once; and their objective, when there is text to evaluate on."""
@@ -27,8 +28,15 @@ Begin = Callable[[Target], Callable[[HeldOut], Objective]]
 def train_for_target(
     recipe: FrozenTargetRecipe, paths: Sequence[Path], report: Report, begin: Begin, *, resume: bool
 ) -> Path:
-    """Train for the recipe's target; returns the folder of the best weights."""
-    data = hash_files(paths)
+    """Train for the recipe's target; returns the folder of the best weights.
+
+    A recipe with a synthesis section takes no `paths`; any other takes at least one.
+    """
+    if recipe.synthesis is not None and paths:
+        raise ConfigError(
+            "the recipe's [synthesis] section makes the text itself: drop the data files (--data), or drop the section"
+        )
+    given = Given(paths) if recipe.synthesis is None else None
     target, tokenizer = load_target(recipe)
     if recipe.schedule.longest > target.context:
         raise ConfigError(
@@ -36,8 +44,9 @@ def train_for_target(
             "(schedule.sequence_length)"
         )
     make_objective = begin(target)
-    progress = find_progress(recipe, {"data": data, "target": target.fingerprint}, resume=resume)
-    training, held_out = choose_documents(paths, recipe.data, recipe.seed)
+    source = given or Synthesis(target, tokenizer, recipe, report)
+    progress = find_progress(recipe, {"data": source.digest, "target": target.fingerprint}, resume=resume)
+    training, held_out = choose_documents(source.files(), recipe.data, recipe.seed)
     author = Author(target, tokenizer, recipe, report)
     objective = make_objective(author.held_out(held_out))
     return Trainer(objective, Packed(author.training(training)), recipe, progress).fit(report)

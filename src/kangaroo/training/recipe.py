@@ -115,8 +115,8 @@ class AdapterSection(Section):
     """Layers of the target that run before the adapter."""
     variant: Literal["kangaroo", "own-head", "full-layer", "mlp-only"] = "kangaroo"
     init: str = "target"
-    """Start from the attention and norm of the target's own layer at the exit ("target"), from noise ("random"), or from
-    a trained adapter: "demo", or its folder."""
+    """Start from the attention and norm of the target's own layer at the exit ("target"), from noise ("random"), or
+    from a trained adapter: "demo", or its folder."""
 
 
 class MedusaSection(Section):
@@ -158,6 +158,25 @@ class RegenerateSection(Section):
     max_tokens: Positive = 256
     temperature: Weight = 0.0
     batch: Positive = 16
+
+
+class SynthesisSection(Section):
+    """Documents that the target writes whole, once before training (Magpie, Xu et al. 2024): the run takes no data.
+
+    By a chat template the target writes a user's turn and answers it; without one it writes plain text.
+    """
+
+    documents: Positive
+    """How many are written, the held-out ones included; empty and repeated ones are dropped."""
+    prompt_tokens: Positive = 64
+    """Most tokens of a user's turn; one that breaks off there is cut at the end of its last sentence. Chats only."""
+    max_tokens: Positive = 128
+    """Most tokens of an answer, or of a plain text."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of users' turns and of plain text. At 0 all of them would be the same."""
+    answer_temperature: Weight = 0.0
+    """Of answers. Chats only."""
+    batch: Positive = 32
 
 
 class EvaluationSection(Section):
@@ -204,6 +223,7 @@ class FrozenTargetRecipe(Recipe):
     """"demo", a folder, or a hub name."""
     evaluation: EvaluationSection = EvaluationSection()
     regenerate: RegenerateSection | None = None
+    synthesis: SynthesisSection | None = None
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Self:
@@ -211,6 +231,23 @@ class FrozenTargetRecipe(Recipe):
             raise ValueError("run.compile is for targets trained from scratch")
         if self.evaluation.prompts > self.data.held_out:
             raise ValueError(f"evaluation.prompts is {self.evaluation.prompts}, more than data.held_out")
+        return self
+
+    @model_validator(mode="after")
+    def _synthesis_is_all_the_data(self) -> Self:
+        if self.synthesis is None:
+            return self
+        if self.regenerate is not None:
+            raise ValueError("drop the regenerate section: with synthesis, all answers are the target's own already")
+        if self.data.sources:
+            raise ValueError(
+                "drop data.sources: it chooses among rows of data files, and with synthesis there are none"
+            )
+        if self.synthesis.documents <= self.data.held_out:
+            raise ValueError(
+                f"synthesis.documents is {self.synthesis.documents}, which leaves none to train on beside the "
+                f"{self.data.held_out} of data.held_out"
+            )
         return self
 
 

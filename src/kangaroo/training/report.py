@@ -7,7 +7,7 @@ from typing import Literal
 
 from kangaroo.training.estimate import Estimate
 
-Stage = Literal["answer", "regenerate", "train", "evaluate"]
+Stage = Literal["ask", "reply", "write", "answer", "regenerate", "train", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +15,10 @@ class Update:
     """A sign of life."""
 
     stage: Stage
-    """Generating evaluation text, regenerating training answers, training, or an evaluation's result."""
+    """Synthesising users' turns, answers to them, or plain text; generating evaluation text; regenerating training
+    answers; training; or an evaluation's result."""
     done: int
-    """Prompts answered, or optimiser steps finished."""
+    """Texts generated, or optimiser steps finished."""
     total: int
     tokens_per_second: float
     """In this stage, since the run was started or resumed."""

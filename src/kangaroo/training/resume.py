@@ -20,6 +20,7 @@ FREE = frozenset(
         "run.compile",
         "evaluation.batch",
         "regenerate.batch",  # answers do not depend on what they are generated beside
+        "synthesis.batch",
     }
 )
 """Recipe keys that a resumed run may change."""

@@ -26,13 +26,15 @@ from kangaroo.training.tokenizer import train_tokenizer
 
 def train(
     recipe: Path,
-    data: Sequence[Path],
+    data: Sequence[Path] = (),
     *,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
     report: Report = lambda _: None,
 ) -> Path:
-    """Train what the recipe says on the files named; returns the folder of the best weights.
+    """Train what the recipe says on the files named, or on text of the target's own; returns the best weights' folder.
+
+    A recipe with a synthesis section takes no `data`; any other takes at least one file.
 
     `overrides` replace values of the recipe by dotted key ("schedule.steps"). `report` receives an Estimate before the
     first step and Updates along the way. With `resume` the run in the recipe's output folder goes on from its last
