@@ -36,9 +36,24 @@ def read_table(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[s
         raise ConfigError(f"no recipe at {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    for dotted, value in (overrides or {}).items():
-        _override(table, dotted, value)
+    lay_over(table, overrides or {})
     return table
+
+
+def lay_over(table: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Replace values of a table: keys of `changes` may be dotted, and a section is merged into the one it meets.
+
+    Raises ConfigError for a key that leads through a value.
+    """
+    for dotted, value in changes.items():
+        *sections, key = dotted.split(".")
+        inner = table
+        for section in sections:
+            inner = _section(inner, section, dotted)
+        if isinstance(value, Mapping):
+            lay_over(_section(inner, key, dotted), value)
+        else:
+            inner[key] = value
 
 
 def parse_table(kind: type[Kind], table: Mapping[str, Any], name: str) -> Kind:
@@ -52,13 +67,11 @@ def parse_table(kind: type[Kind], table: Mapping[str, Any], name: str) -> Kind:
         raise ConfigError(f"{name}: {_explain(error, kind)}") from None
 
 
-def _override(table: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, key = dotted.split(".")
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"cannot set {dotted!r}: {section!r} is not a section")
-    table[key] = value
+def _section(table: dict[str, Any], name: str, dotted: str) -> dict[str, Any]:
+    section = table.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"cannot set {dotted!r}: {name!r} is not a section")
+    return section
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 
 from kangaroo.bench.check import find_difference
 from kangaroo.bench.compare import without_end
+from kangaroo.bench.lengthen import bring_to, material_for
 from kangaroo.bench.methods import Measured, Method
-from kangaroo.bench.questions import Question
+from kangaroo.bench.questions import Messages, Question
 from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import BASELINE, Difference, Record, Turn
 from kangaroo.bench.shorten import Fitted, fit
@@ -29,8 +30,13 @@ class Asked:
 class Asker:
     """Puts questions to all methods of a recipe, on one target."""
 
-    def __init__(self, decoder: Decoder, methods: Mapping[str, Method], recipe: BenchRecipe):
-        """`decoder` is any on the target. Raises ConfigError if answers may be so long that no prompt fits."""
+    def __init__(
+        self, decoder: Decoder, methods: Mapping[str, Method], recipe: BenchRecipe, questions: Sequence[Question] = ()
+    ):
+        """`decoder` is any on the target; `questions` are all there are, to lengthen the prompts of others.
+
+        Raises ConfigError if answers may be so long that no prompt fits.
+        """
         self._decoder, self._methods, self._recipe = decoder, dict(methods), recipe
         self._room = decoder.target.context - recipe.max_tokens
         if self._room < 1:
@@ -38,6 +44,12 @@ class Asker:
                 f"max_tokens is {recipe.max_tokens}, which leaves no room for a prompt in a context of "
                 f"{decoder.target.context} tokens"
             )
+        if recipe.prompt_tokens is not None and recipe.prompt_tokens > self._room:
+            raise ConfigError(
+                f"prompt_tokens is {recipe.prompt_tokens}, but only {self._room} leave room for max_tokens"
+            )
+        self._questions = questions
+        self._drawn = {method.name for method in recipe.methods if method.rule != "match"}
         self._met: set[tuple[str, int, int]] = set()
 
     def ask(self, questions: Sequence[Question], repeat: int, rotation: int) -> list[Record]:
@@ -56,7 +68,7 @@ class Asker:
                 method=name,
                 repeat=repeat,
                 turns=[
-                    self._turn(mine, plain, sampling)
+                    self._turn(mine, plain, None if name in self._drawn else sampling)
                     for mine, plain in zip(asked[name][row], asked[BASELINE][row], strict=True)
                 ],
             )
@@ -72,7 +84,7 @@ class Asker:
             rows = [row for row, question in enumerate(questions) if len(question.turns) > turn]
             texts = [[tokenizer.decode(before.measured.tokens) for before in asked[row]] for row in rows]
             prompts = [
-                fit(questions[row].conversation(said), tokenizer, self._room)
+                self._prompt(questions[row], questions[row].conversation(said))
                 for row, said in zip(rows, texts, strict=True)
             ]
             with _Named(name, [questions[row] for row in rows]):
@@ -80,6 +92,12 @@ class Asker:
             for row, prompt, measured in zip(rows, prompts, answers, strict=True):
                 asked[row].append(Asked(prompt, measured))
         return asked
+
+    def _prompt(self, question: Question, messages: Messages) -> Fitted:
+        length, tokenizer = self._recipe.prompt_tokens, self._decoder.tokenizer
+        if length is None:
+            return fit(messages, tokenizer, self._room)
+        return bring_to(length, messages, tokenizer, material_for(question, self._questions or [question]))
 
     def _answer(self, name: str, prompts: Sequence[list[int]], sampling: Sampling) -> list[Measured]:
         method, limit = self._methods[name], self._recipe.max_tokens
@@ -90,10 +108,12 @@ class Asker:
             self._met.add(shape)
         return method.answer(prompts, sampling, limit)
 
-    def _turn(self, mine: Asked, plain: Asked, sampling: Sampling) -> Turn:
+    def _turn(self, mine: Asked, plain: Asked, sampling: Sampling | None) -> Turn:
+        """Without a `sampling`, the text is not meant to be plain decoding's, and is not compared."""
         difference = None
         # After a first difference a conversation goes on from another prompt, where there is nothing to compare.
-        if mine.measured.tokens != plain.measured.tokens and mine.prompt.tokens == plain.prompt.tokens:
+        same = mine.measured.tokens == plain.measured.tokens
+        if sampling is not None and not same and mine.prompt.tokens == plain.prompt.tokens:
             texts = (plain.measured.tokens, mine.measured.tokens)
             found = find_difference(self._decoder, mine.prompt.tokens, *texts, sampling)
             difference = Difference(position=found.position, gap=found.gap, tie=found.is_tie)

@@ -1,5 +1,7 @@
 """What `kangaroo info` and reports say of a decoder: its sizes, and what its rounds cost."""
 
+from torch import nn
+
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.costs import Costs, measure_costs
 from kangaroo.drafters.draft_model import DraftModel
@@ -19,6 +21,19 @@ def decoder_costs(decoder: Decoder, *, nodes: int = 8, repeats: int = 30) -> Cos
     return measure_costs(decoder.target, model, nodes=nodes, repeats=repeats)
 
 
+def trained_parameters(decoder: Decoder) -> int:
+    """Weights that were trained for the decoder's drafter: an adapter's, heads', a draft model's; else 0."""
+    drafter = decoder.make_drafter()
+    module: nn.Module | None = None
+    if isinstance(drafter, SELF_DRAFTING):
+        module = drafter.model.adapter
+    elif isinstance(drafter, Medusa | MedusaTree):
+        module = drafter.heads
+    elif isinstance(drafter, DraftModel):
+        module = drafter.model.model
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
 def describe(decoder: Decoder) -> dict[str, object]:
     """What `kangaroo info` shows: sizes, exit layer, precision and the cost of drafting."""
     target, drafter = decoder.target, decoder.make_drafter()
@@ -34,12 +49,11 @@ def describe(decoder: Decoder) -> dict[str, object]:
         "device": str(target.device),
         "fingerprint": target.fingerprint,
     }
+    trained = trained_parameters(decoder)
     if isinstance(drafter, SELF_DRAFTING):
-        adapter = drafter.model.adapter
-        facts["exit_layer"] = drafter.model.exit_layer
-        facts["adapter_parameters"] = sum(p.numel() for p in adapter.parameters()) if adapter else 0
+        facts |= {"exit_layer": drafter.model.exit_layer, "adapter_parameters": trained}
     if isinstance(drafter, Medusa | MedusaTree):
-        facts["head_parameters"] = sum(p.numel() for p in drafter.heads.parameters())
+        facts["head_parameters"] = trained
     if isinstance(drafter, DraftModel):
-        facts["draft_model_parameters"] = sum(p.numel() for p in drafter.model.model.parameters())
+        facts["draft_model_parameters"] = trained
     return facts

@@ -15,7 +15,9 @@ from kangaroo.state import Request
 class Drafted:
     """Answers with a decoder's target and drafter, through the library's own loop."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, rule: str = "match"):
+        """`rule` says which drafted tokens survive (`accept.py`)."""
+        self._rule = rule
         self._target, self._make_drafter, self._eos = TimedTarget(decoder.target), decoder.make_drafter, decoder.eos
 
     def answer(self, prompts: Sequence[Sequence[int]], sampling: Sampling, max_tokens: int) -> list[Measured]:
@@ -25,7 +27,8 @@ class Drafted:
         forget_peak(device)
         synchronise(device)
         began = time.perf_counter()
-        state = start(target, drafter, [Request(p, sampling, max_tokens) for p in prompts], eos=self._eos)
+        requests = [Request(p, sampling, max_tokens) for p in prompts]
+        state = start(target, drafter, requests, eos=self._eos, rule=self._rule)
         synchronise(device)
         decoding = time.perf_counter()
         target.clock.reset()

@@ -19,20 +19,23 @@ from kangaroo.toml import parse_table
 PROVENANCE = "provenance.json"
 FIXED = ("questions", "fingerprint", "files", "dtype", "device", "threads", "versions", "machine")
 """Facts that must be the same when a run goes on. A new commit is noted instead."""
-FREE = frozenset({"output", "model", "questions"})
-"""Keys of the recipe that may change all the same: names of things that are compared by content."""
+FREE = frozenset({"output", "model", "questions", "training", "limit", "experiment"})
+"""Keys of the recipe that may change all the same: names of things that are compared by content, and what is said of
+the figures, not what they are."""
+FREE_OF_METHODS = ("train", "at", "series")
+"""Keys of its methods likewise."""
 
 Facts = dict[str, Any]
 
 
-def describe_run(recipe: BenchRecipe, decoder: Decoder, questions: bytes) -> Facts:
-    """The facts of a run that starts now; `questions` is the content of their file."""
+def describe_run(recipe: BenchRecipe, decoder: Decoder, questions: bytes, trained: Mapping[str, Path]) -> Facts:
+    """The facts of a run that starts now; `questions` is their file's content, `trained` as in `run_bench`."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.model_dump(mode="json"),
         "questions": hashlib.sha256(questions).hexdigest(),
         "fingerprint": decoder.target.fingerprint,
-        "files": _files(recipe, decoder),
+        "files": _files(recipe, decoder, trained),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "device": str(decoder.target.device),
         "resumed": [],
@@ -73,8 +76,8 @@ def write_facts(folder: Path, facts: Facts) -> None:
 
 def _refuse_another_run(before: Facts, now: Facts, path: Path) -> None:
     # Parsed again, so that a key that did not exist when the run started counts as having had its default.
-    recipe = parse_table(BenchRecipe, before["recipe"], str(path)).model_dump(mode="json")
-    pairs = [(f"recipe's {key}", recipe[key], value) for key, value in now["recipe"].items() if key not in FREE]
+    recipe = _compared(parse_table(BenchRecipe, before["recipe"], str(path)).model_dump(mode="json"))
+    pairs = [(f"recipe's {key}", recipe[key], value) for key, value in _compared(now["recipe"]).items()]
     pairs += [(name, before[name], now[name]) for name in FIXED]
     for name, was, is_ in pairs:
         if was != is_:
@@ -82,6 +85,11 @@ def _refuse_another_run(before: Facts, now: Facts, path: Path) -> None:
                 f"{path.parent} holds another run: its {name} was {_shown(was, is_)}, now it is {_shown(is_, was)}; "
                 "restore it to go on, or give a new --output"
             )
+
+
+def _compared(recipe: Facts) -> Facts:
+    methods = [{k: v for k, v in method.items() if k not in FREE_OF_METHODS} for method in recipe["methods"]]
+    return {key: value for key, value in recipe.items() if key not in FREE} | {"methods": methods}
 
 
 def _shown(value: Any, other: Any) -> str:
@@ -92,18 +100,18 @@ def _shown(value: Any, other: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _files(recipe: BenchRecipe, decoder: Decoder) -> dict[str, str]:
+def _files(recipe: BenchRecipe, decoder: Decoder, trained: Mapping[str, Path]) -> dict[str, str]:
     """SHA-256 of what each method was trained or built with, by method, where it lies on this disk."""
     digests = {}
     for method in recipe.methods:
         key = find_drafter(method.drafter).files if method.drafter else "draft_model"
-        path = method.settings.get(key, decoder.files.get(key)) if key else None
+        path = trained.get(method.name, method.settings.get(key, decoder.files.get(key)) if key else None)
         if path is not None and Path(path).exists():
-            digests[method.name] = _digest(Path(path))
+            digests[method.name] = digest(Path(path))
     return digests
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files and their names."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

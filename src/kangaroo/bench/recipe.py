@@ -1,6 +1,5 @@
 """Benchmark recipes: TOML files that say which methods answer, how they sample, and how they are timed."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import ConfigDict, Field, model_validator
 
+from kangaroo.accept import RULES
+from kangaroo.bench.experiment import NAME, ExperimentSection, TrainingSection, TrainSection, VarySection
 from kangaroo.bench.records import BASELINE
 from kangaroo.drafters import find_drafter
+from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
-from kangaroo.toml import Count, Positive, Section, Weight, parse_table, read_table
+from kangaroo.toml import Count, Positive, Section, Weight, lay_over, parse_table, read_table
 
 
 class SamplingSection(Section):
@@ -38,22 +40,35 @@ class MethodSection(Section):
     """A drafter in this library's loop, or transformers' own generate."""
     drafter: str | None = None
     """For kind "drafter": its name in DRAFTERS."""
+    rule: str = "match"
+    """For kind "drafter": which drafted tokens survive (`accept.py`). By "reject" texts are not plain decoding's."""
+    train: TrainSection | None = None
+    """Train what it drafts with before measuring."""
+    at: float | str | None = None
+    """Its place on the experiment's axis; left out: its name."""
+    series: str | None = None
+    """The line of the experiment that it belongs to; left out: its drafter's name."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is said beyond name, kind and drafter."""
+        """Those of its drafter or peer."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
     def _can_be(self) -> Self:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.name):
+        if not NAME.fullmatch(self.name):
             raise ValueError(f"a method's name is letters, digits and any of ._+-, got {self.name!r}")
         if self.name == BASELINE:
             raise ValueError(f"{BASELINE!r} is the baseline, which always runs; leave it out of the methods")
         if (self.kind == "drafter") != (self.drafter is not None):
             raise ValueError(f'{self.name}: kind "drafter" needs a drafter, and kind "transformers" has none')
-        if self.drafter is not None:
-            find_drafter(self.drafter)
+        if self.rule not in RULES:
+            raise ValueError(f"{self.name}: rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        files = find_drafter(self.drafter).files if self.drafter is not None else None
+        if self.train is not None and files is None:
+            raise ValueError(f"{self.name}: {self.drafter or self.kind} is not trained; leave train out")
+        if self.train is not None and files in self.settings:
+            raise ValueError(f"{self.name}: train says where {files} comes from; leave one of the two out")
         return self
 
 
@@ -68,6 +83,10 @@ class BenchRecipe(Section):
     """Only this part of a file that has parts."""
     output: Path
     """Folder of the run."""
+    limit: Positive | None = None
+    """At most so many questions, evenly from all tasks."""
+    prompt_tokens: Positive | None = None
+    """Bring every prompt to so many tokens: cut what is longer, put other questions before what is shorter."""
     max_tokens: Positive = 128
     end: Literal["natural", "barred"] = "natural"
     """Do answers end by themselves, or is every end barred, so that each has exactly max_tokens?"""
@@ -82,6 +101,12 @@ class BenchRecipe(Section):
     sampling: SamplingSection = SamplingSection()
     methods: tuple[MethodSection, ...] = ()
     """Beside the baseline, plain decoding in the same loop, which is always there and first."""
+    training: TrainingSection | None = None
+    """For methods that are trained before they are measured."""
+    vary: VarySection | None = None
+    """Make one run per value of a key."""
+    experiment: ExperimentSection | None = None
+    """What the figures show together."""
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -106,7 +131,44 @@ class BenchRecipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _an_experiment(self) -> Self:
+        for method in self.methods:
+            if self.experiment is None and (method.at, method.series) != (None, None):
+                raise ValueError(f"{method.name}: at and series are places in an [experiment], which is missing")
+            if method.at is not None and self.vary is not None:
+                raise ValueError(f"{method.name}: [vary] gives every method its place; leave at out")
+            if method.train is not None and not (method.train.recipe or (self.training and self.training.recipe)):
+                raise ValueError(f"{method.name}: nothing says what to train it by; give training.recipe")
+        if self.training is not None and not any(method.train for method in self.methods):
+            raise ValueError("[training], or --data, is for methods that are trained, and no method has a train")
+        self.by_value()
+        return self
 
-def read_bench_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> BenchRecipe:
-    """Read a recipe; `overrides` replace values of the file by dotted key. Raises ConfigError naming the key."""
-    return parse_table(BenchRecipe, read_table(path, overrides), str(path))
+    def by_value(self) -> "dict[str, BenchRecipe]":
+        """The runs of a sweep by the value of what varies, which names their folders too; none if nothing does.
+
+        Raises ConfigError for a key that does not exist, or a value that it cannot have.
+        """
+        runs: dict[str, BenchRecipe] = {}
+        for value in self.vary.values if self.vary else ():
+            assert self.vary is not None
+            table = self.model_dump(mode="json", exclude={"vary"})
+            lay_over(table, {self.vary.key: value, "output": str(self.output / str(value))})
+            runs[str(value)] = parse_table(BenchRecipe, table, f"vary, {value}")
+        return runs
+
+
+def read_bench_recipe(path: Path, overrides: Mapping[str, Any] | None = None, *, quick: bool = False) -> BenchRecipe:
+    """Read a recipe; `overrides` replace values of the file by dotted key. Raises ConfigError naming the key.
+
+    The values in its [quick] section, likewise by dotted key, replace others only if `quick`, and before `overrides`.
+    """
+    table = read_table(path)
+    little = table.pop("quick", None)
+    if quick:
+        if not isinstance(little, dict):
+            raise ConfigError(f"{path} has no [quick] section, which says what a quick run leaves out; run it as it is")
+        lay_over(table, little)
+    lay_over(table, overrides or {})
+    return parse_table(BenchRecipe, table, str(path))

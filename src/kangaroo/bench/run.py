@@ -1,14 +1,16 @@
 """From a benchmark recipe to a folder of records: all methods on all questions, interleaved, in one process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from kangaroo import demo
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.asking import Asker
+from kangaroo.bench.cost import trained_parameters
 from kangaroo.bench.drafted import Drafted
 from kangaroo.bench.fetch import fetch
 from kangaroo.bench.formats import read_questions
@@ -21,6 +23,7 @@ from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import BASELINE, Record
 from kangaroo.bench.report.bound import method_costs
 from kangaroo.decoder import Decoder, load
+from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError
 
 Report = Callable[[int, int], None]
@@ -37,31 +40,69 @@ class Block:
     """How far the order of the methods is turned: by one from block to block, and from repeat to repeat."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The target of a run, and what drafts for it by method."""
+
+    plain: Decoder
+    drafting: dict[str, Decoder]
+    trained: Mapping[str, Path]
+
+
 def run_bench(
-    recipe: BenchRecipe, *, limit: int | None = None, report: Report = lambda done, total: None
+    recipe: BenchRecipe,
+    *,
+    trained: Mapping[str, Path] | None = None,
+    limit: int | None = None,
+    report: Report = lambda done, total: None,
 ) -> list[Record]:
     """Measure what the recipe describes, on at most `limit` of its questions; returns all records in its folder.
 
-    What the folder holds already is not measured again, so the same call goes on after an interruption, and a larger
-    limit adds to a smaller one's records. An error in a method ends the run; what was recorded before stays.
+    `trained` are the folders of methods that were trained first (`train_methods`), by name. What the output folder
+    holds already is not measured again, so the same call goes on after an interruption, and a larger limit adds to a
+    smaller one's records. An error in a method ends the run; what was recorded before stays.
 
     Raises ConfigError for settings that cannot be and for a folder of another run, DataError for the questions.
     """
+    assert recipe.vary is None, "run_sweep makes a run per value"
+    return measure(recipe, load_methods(recipe, trained), limit=limit, report=report)
+
+
+def load_methods(recipe: BenchRecipe, trained: Mapping[str, Path] | None = None) -> Loaded:
+    """The model and everything that drafts for it. Raises ConfigError, ModelError, AdapterError or DataError."""
+    trained = trained or {}
+    untrained = [method.name for method in recipe.methods if method.train and method.name not in trained]
+    assert not untrained, f"{untrained} must be trained first"
+    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype)
+    drafting = {}
+    for method in recipe.methods:
+        if method.drafter is not None:
+            files = find_drafter(method.drafter).files
+            own = {files: trained[method.name]} if files and method.name in trained else {}
+            drafting[method.name] = plain.with_drafter(method.drafter, **method.settings, **own)
+    return Loaded(plain, drafting, trained)
+
+
+def measure(
+    recipe: BenchRecipe, loaded: Loaded, *, limit: int | None = None, report: Report = lambda done, total: None
+) -> list[Record]:
+    """As `run_bench`, with methods that are loaded already."""
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     source = str(demo.PROMPTS) if recipe.questions == "demo" else recipe.questions
     content = fetch(source)
-    questions = in_running_order(read_questions(content, source, recipe.split))[:limit]
-    decoder = load(recipe.model, drafter="none", dtype=recipe.torch_dtype)
-    drafting = {m.name: decoder.with_drafter(m.drafter, **m.settings) for m in recipe.methods if m.drafter}
-    asker = Asker(decoder, _methods(recipe, decoder, drafting), recipe)
+    everything = in_running_order(read_questions(content, source, recipe.split))
+    questions = everything[: limit or recipe.limit]
+    decoder = loaded.plain
+    asker = Asker(decoder, _methods(recipe, loaded), recipe, everything)
     with claim(recipe.output):
-        facts = describe_run(recipe, decoder, content)
+        facts = describe_run(recipe, decoder, content, loaded.trained)
         before = find_run(recipe.output, facts)
         if before is None:
-            facts["costs"] = _costs(drafting)
+            facts["costs"] = _costs(loaded.drafting)
+            facts["parameters"] = {name: trained_parameters(mine) for name, mine in loaded.drafting.items()}
             write_facts(recipe.output, facts)
         with closing(Journal(recipe.output, [BASELINE, *(method.name for method in recipe.methods)])) as journal:
             blocks = list(_blocks(recipe, questions, journal))
@@ -72,13 +113,13 @@ def run_bench(
             return journal.records
 
 
-def _methods(recipe: BenchRecipe, decoder: Decoder, drafting: dict[str, Decoder]) -> dict[str, Method]:
-    methods: dict[str, Method] = {BASELINE: Drafted(decoder)}
+def _methods(recipe: BenchRecipe, loaded: Loaded) -> dict[str, Method]:
+    methods: dict[str, Method] = {BASELINE: Drafted(loaded.plain)}
     for method in recipe.methods:
-        if method.name in drafting:
-            methods[method.name] = Drafted(drafting[method.name])
+        if method.name in loaded.drafting:
+            methods[method.name] = Drafted(loaded.drafting[method.name], method.rule)
         else:
-            methods[method.name] = make_peer(decoder, method.settings, recipe.batch)
+            methods[method.name] = make_peer(loaded.plain, method.settings, recipe.batch)
     return methods
 
 

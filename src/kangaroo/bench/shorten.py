@@ -23,7 +23,12 @@ class Fitted:
 
 
 def fit(messages: Messages, tokenizer: Tokenizer, room: int) -> Fitted:
-    """The prompt of a conversation in at most `room` tokens.
+    """The prompt of a conversation in at most `room` tokens; see `shorten`."""
+    return shorten(messages, tokenizer, room)[1]
+
+
+def shorten(messages: Messages, tokenizer: Tokenizer, room: int) -> tuple[Messages, Fitted]:
+    """A conversation whose prompt has at most `room` tokens, and that prompt.
 
     A tokenizer without a chat template is given the one message there is as plain text. Raises DataError for a longer
     conversation then, and where not even the shortest messages would fit.
@@ -37,7 +42,7 @@ def fit(messages: Messages, tokenizer: Tokenizer, room: int) -> Fitted:
         tokens = _encode(messages, tokenizer)
         excess = len(tokens) - room
         if excess <= 0:
-            return Fitted(tokens, whole - len(tokens))
+            return messages, Fitted(tokens, whole - len(tokens))
         longest = max((m for m in messages if m["role"] == "user"), key=lambda m: _length(m["content"], tokenizer))
         spare = _length(longest["content"], tokenizer) - KEPT
         if spare <= 0:

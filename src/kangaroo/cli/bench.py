@@ -1,13 +1,18 @@
 """`kangaroo bench`: what a benchmark recipe describes, measured."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kangaroo.bench.recipe import read_bench_recipe
+from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
+from kangaroo.bench.records import Record
 from kangaroo.bench.run import run_bench
-from kangaroo.terminal import countdown, out
+from kangaroo.bench.sweep import run_sweep
+from kangaroo.bench.trained import Training, train_methods
+from kangaroo.terminal import countdown, out, training_progress
+from kangaroo.training.beside import train_beside
 
 
 def bench(
@@ -16,19 +21,49 @@ def bench(
         str | None, typer.Option(help="A file or an http(s) address, instead of the recipe's.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions, evenly from all tasks.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="What methods are trained on, instead of the recipe's.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="In minutes, by the recipe's [quick] section.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
 ) -> None:
-    """Measure methods side by side on a benchmark's questions. The same command goes on after an interruption."""
-    given = {"questions": questions, "output": None if output is None else str(output)}
-    settings = read_bench_recipe(recipe, {key: value for key, value in given.items() if value is not None})
-    with countdown("questions answered by all methods") as report:
-        records = run_bench(settings, limit=limit, report=report)
+    """Measure methods side by side on a benchmark's questions. The same command goes on after an interruption.
+
+    Methods that the recipe wants trained are trained first.
+    """
+    given: dict[str, Any] = {"questions": questions, "output": None if output is None else str(output)}
+    given["training.data"] = [str(path.resolve()) for path in data] if data else None
+    changes = {key: value for key, value in given.items() if value is not None}
+    settings = read_bench_recipe(recipe, changes, quick=quick)
+    trained = train_methods(settings, recipe.parent, _train)
+    if settings.vary is None:
+        with countdown("questions answered by all methods") as report:
+            records = run_bench(settings, trained=trained, limit=limit, report=report)
+    else:
+        runs = run_sweep(settings, trained=trained, limit=limit, watch=countdown)
+        records = [record for run in runs.values() for record in run]
+    _conclude(settings, records)
+
+
+def _train(training: Training) -> Path:
+    out.print(f"training {training.changes['output']} by {training.recipe}")
+    with training_progress() as report:
+        return train_beside(training.recipe, training.data, training.beside, overrides=training.changes, report=report)
+
+
+def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:
     found = [(r.method, turn.difference) for r in records for turn in r.turns if turn.difference is not None]
     ties = sum(difference.tie for _, difference in found)
+    drawn = {method.name for method in settings.methods if method.rule != "match"}
+    compared = sum(record.method not in drawn for record in records)
     verdict = (
         f"{len(found)} differ from plain decoding's, {ties} of them by a tie in rounding; kangaroo report has them"
     )
-    out.print(f"{len(records)} answers, {verdict if found else 'all of them those of plain decoding, token for token'}")
+    out.print(f"{compared} answers, {verdict if found else 'all of them those of plain decoding, token for token'}")
+    if drawn:
+        out.print(
+            f"{len(records) - compared} answers with texts of their own, by rejection: {', '.join(sorted(drawn))}"
+        )
     out.print(f"records: {settings.output}; tables and plots: kangaroo report {settings.output}")
     peers = {method.name for method in settings.methods if method.kind == "transformers"}
     if any(name not in peers and not difference.tie for name, difference in found):

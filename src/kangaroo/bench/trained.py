@@ -1,0 +1,110 @@
+"""Methods that are trained before they are measured: one training for all whose settings are equal.
+
+How to train is not known here: a function is handed in, since measuring and training do not import one another.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kangaroo.bench.experiment import TrainingSection
+from kangaroo.bench.journal import claim
+from kangaroo.bench.provenance import digest
+from kangaroo.bench.recipe import BenchRecipe, MethodSection
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.files import write_atomically
+from kangaroo.toml import read_table
+
+TRAINED, PLAN = "trained", "plan.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """One training to be done, or to go on with where it was interrupted."""
+
+    recipe: Path
+    data: Sequence[Path]
+    changes: Mapping[str, Any]
+    """Sections and keys of the recipe that take other values, its output folder among them."""
+    beside: Sequence[Path]
+    """Folders of the trainings before this one; where the target wrote the same text for them, it need not again."""
+
+
+Train = Callable[[Training], Path]
+"""Does it; returns the folder of the best weights."""
+
+
+def train_methods(recipe: BenchRecipe, base: Path, train: Train) -> dict[str, Path]:
+    """The folder of what each method of the recipe that has a `train` was trained to, by the method's name.
+
+    `base` is the folder that the recipe's paths are relative to. Trainings lie in OUTPUT/trained, each in a folder
+    that is called by the first method it serves; one that is finished is taken as it is. Raises ConfigError if a folder
+    holds another training, DataError for data that is not there, and what training raises.
+    """
+    plans: dict[str, dict[str, Any]] = {}
+    best: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
+    methods = [method for method in recipe.methods if method.train is not None]
+    if not methods:
+        return {}
+    with claim(recipe.output):
+        for method in methods:
+            training = _training(method, recipe, base, list(folders.values()))
+            plan = _plan(training)
+            twin = next((name for name, other in plans.items() if other == plan), None)
+            if twin is None:
+                plans[method.name], folders[method.name] = plan, Path(training.changes["output"])
+                best[method.name] = _trained(training, plan, train)
+            else:
+                best[method.name] = best[twin]
+    return best
+
+
+def _training(method: MethodSection, recipe: BenchRecipe, base: Path, beside: Sequence[Path]) -> Training:
+    assert method.train is not None
+    common = recipe.training or TrainingSection()
+    path = method.train.recipe or common.recipe
+    assert path is not None, "a recipe whose methods are trained says by what"
+    changes = method.train.joined(common) | {"output": str(recipe.output / TRAINED / method.name)}
+    if common.data and "synthesis" in read_table(base / path, changes):
+        changes["synthesis"] = None  # files that are given take the place of what the target would write
+    return Training(recipe=base / path, data=[base / file for file in common.data], changes=changes, beside=beside)
+
+
+def _plan(training: Training) -> dict[str, Any]:
+    """All that the weights depend on, but the machine."""
+    missing = [path for path in training.data if not path.is_file()]
+    if missing:
+        raise DataError(f"no data file at {missing[0]} (training.data, or --data)")
+    table = read_table(training.recipe, training.changes)
+    del table["output"]
+    return {"recipe": table, "data": [digest(path) for path in training.data]}
+
+
+def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
+    folder = Path(training.changes["output"])
+    path = folder / PLAN
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}); delete {folder}, or give a new --output") from None
+        best = found.pop("best", None)
+        if found != plan:
+            raise ConfigError(
+                f"{folder} holds a training by another recipe or data; restore it, or give a new --output"
+            )
+        if best is not None:
+            return folder / str(best)
+    _write(path, plan)  # first, so that what is interrupted is never gone on with by another plan
+    best = train(training)
+    _write(path, plan | {"best": str(best.relative_to(folder))})
+    return best
+
+
+def _write(path: Path, table: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(table, indent=2) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
