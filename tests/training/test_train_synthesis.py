@@ -86,8 +86,7 @@ def text_of(files: list[Path]) -> str:
 # What is written
 
 
-@pytest.mark.parametrize("template", [None, PREAMBLE])
-@pytest.mark.parametrize("answer_temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("template", "answer_temperature"), [(None, 0.7), (PREAMBLE, 0.0)])
 def test_turns_and_answers_are_the_targets_own(
     make_lesson: MakeLesson, template: str | None, answer_temperature: float
 ) -> None:
@@ -349,6 +348,15 @@ def test_repeated_turns_count_once(make_lesson: MakeLesson) -> None:
     ):
         synthesis(run, synthesis__temperature=1e-3).files()
     assert not (run.output / SYNTHESISED).exists()
+
+
+def test_one_more_than_is_held_out_is_enough(make_lesson: MakeLesson) -> None:
+    few = {"synthesis__temperature": 0.3, "evaluation__prompts": 1}
+    left = len(text_of(synthesis(make_lesson(), data__held_out=1, **few).files()).splitlines())
+    assert 2 < left < 12, "some are repeated"
+    assert synthesis(make_lesson(), data__held_out=left - 1, **few).files()
+    with pytest.raises(DataError, match=f"{left} are left .* too few to hold out {left}"):
+        synthesis(make_lesson(), data__held_out=left, **few).files()
 
 
 def test_on_the_command_line(make_lesson: MakeLesson, capfd: pytest.CaptureFixture[str]) -> None:
