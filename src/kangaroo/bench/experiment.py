@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from kangaroo.bench.report.published import EXPERIMENTS
 from kangaroo.toml import Section, lay_over
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -74,5 +75,14 @@ class ExperimentSection(Section):
     by: Literal["method", "task"] = "method"
     """A point per method at its place, or per method and task at the task's."""
     published: str | None = None
-    """A table of the paper to stand beside the figures; `report/published.py` has them."""
+    """An experiment of the paper to stand beside the figures; `report/published.py` has them."""
+    projected: str | None = None
+    """A method whose rounds are projected to other models and machines."""
     note: str = ""
+
+    @field_validator("published")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in EXPERIMENTS:
+            raise ValueError(f"published must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+        return name

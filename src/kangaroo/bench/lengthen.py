@@ -14,9 +14,10 @@ BETWEEN = "\n\n"
 def bring_to(length: int, messages: Messages, tokenizer: Tokenizer, material: str) -> Fitted:
     """The prompt of a conversation in exactly `length` tokens.
 
-    Of a conversation too long even when shortened, the oldest exchanges are left out. What is missing is the end of `material`, over and over if need be, before the last message, in the same turn of the
-    user. It is counted in tokens, so it may begin within a word. Raises DataError as `shorten` does, and for a chat
-    template that does not show a message as it is.
+    Of a conversation too long even when shortened, the oldest exchanges are left out. What is missing is the end of
+    `material`, over and over if need be, before the last message, in the same turn of the user. It is counted in
+    tokens, so it may begin within a word. Raises DataError as `shorten` does, and for a chat template that does not
+    show a message as it is.
     """
     messages, fitted = _cut(messages, tokenizer, length)
     missing = length - len(fitted.tokens)

@@ -140,6 +140,11 @@ class BenchRecipe(Section):
                 raise ValueError(f"{method.name}: [vary] gives every method its place; leave at out")
             if method.train is not None and not (method.train.recipe or (self.training and self.training.recipe)):
                 raise ValueError(f"{method.name}: nothing says what to train it by; give training.recipe")
+        projected = self.experiment.projected if self.experiment else None
+        if projected is not None and (self.vary or projected not in {method.name for method in self.methods}):
+            raise ValueError(
+                f"experiment.projected names one of the methods of a recipe without [vary], got {projected!r}"
+            )
         if self.training is not None and not any(method.train for method in self.methods):
             raise ValueError("[training], or --data, is for methods that are trained, and no method has a train")
         self.by_value()

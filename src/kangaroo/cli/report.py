@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from kangaroo.bench.report.export import to_csv
+from kangaroo.bench.report.folders import read_folders
 from kangaroo.bench.report.page import to_document, to_page
-from kangaroo.bench.report.results import find_mixture, read_runs
+from kangaroo.bench.report.results import find_mixture
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
 from kangaroo.terminal import out
@@ -29,15 +30,16 @@ def report(
     """Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds."""
     if output is None and len(folders) > 1:
         raise ConfigError(f"{len(folders)} runs make one report: say with --output which folder it belongs in")
-    runs = read_runs(folders, count=legacy, against=against)
+    found = read_folders(folders, count=legacy, against=against)
+    runs, experiments = found.runs, found.experiments
     mixture = find_mixture(runs)
     if mixture and not mixed:
         raise DataError(f"{mixture}; report them apart, or together with --mixed")
     # All three are made before any is written: an error leaves the old report whole.
     texts = {
-        "report.md": to_document(runs, mixture),
+        "report.md": to_document(runs, mixture, experiments),
         "report.csv": to_csv(runs),
-        "report.html": to_page(runs, mixture),
+        "report.html": to_page(runs, mixture, experiments),
     }
     for name, text in texts.items():
         _write((output or folders[0]) / name, text)

@@ -11,8 +11,9 @@ from kangaroo.training.reading import read_recipe
 from kangaroo.training.report import Report
 from kangaroo.training.resume import STATE
 from kangaroo.training.run import train
+from kangaroo.training.synthesis import SYNTHESISED
 
-TEXTS = (WRITTEN, REGENERATED, "synthesised.jsonl")
+TEXTS = (WRITTEN, REGENERATED, SYNTHESISED)
 """What the target writes for a run. Each file says what it was written for, and is replaced where that is another."""
 
 

@@ -77,7 +77,7 @@ def plot_speedups(run: Run, prefix: str) -> list[Plot]:
             axes.axvline(1, color=INK, linewidth=0.9)
             for place, summary in enumerate(row):
                 _estimate(axes, place, summary)
-            _list_methods(axes, [summary.method for summary in row])
+            list_methods(axes, [summary.method for summary in row])
             axes.set_xlim(low - room, high + room)
             axes.set_title("All tasks" if task == OVERALL else task_name(task))
             axes.set_xlabel("times as fast as plain decoding")
@@ -106,7 +106,7 @@ def _right(axes: "Axes", place: float, text: str) -> None:
     axes.text(1.03, place, text, transform=axes.get_yaxis_transform(), va="center")
 
 
-def _list_methods(axes: "Axes", names: Sequence[str]) -> None:
+def list_methods(axes: "Axes", names: Sequence[str]) -> None:
     """Methods down the y axis, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -184,7 +184,7 @@ def plot_times(run: Run, prefix: str) -> list[Plot]:
             start = [a + b for a, b in zip(start, parts, strict=True)]
         for place, total in enumerate(start):
             axes.annotate(f"{total:.1f}", (total, place), (4, 0), textcoords="offset points", va="center")
-        _list_methods(axes, [method_name(row.method) for row in rows])
+        list_methods(axes, [method_name(row.method) for row in rows])
         axes.set_xlim(0, 1.12 * max(start))
         axes.set_xlabel("milliseconds per token")
         axes.figure.legend(loc="outside upper center", ncols=len(PHASES), columnspacing=1.2, handlelength=1.8)
@@ -229,7 +229,7 @@ def plot_bounds(run: Run, prefix: str) -> list[Plot]:
             if points:
                 across, down = zip(*points, strict=True)
                 axes.plot(across, down, marker, color=INK, markerfacecolor=fill, label=kind, markersize=7)
-        _list_methods(axes, [row.method for row in known])
+        list_methods(axes, [row.method for row in known])
         axes.set_xlabel("decoding: times as fast as plain decoding")
         axes.figure.legend(loc="outside upper center", ncols=3, columnspacing=1.2, handlelength=1.0)
 

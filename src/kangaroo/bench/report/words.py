@@ -1,10 +1,12 @@
 """A run in words: what came out in a sentence or two, and what it comes from as names and values."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kangaroo.bench.report.results import Run
+from kangaroo.bench.report.statistics import Summary
 from kangaroo.bench.report.tables import UNKNOWN, span
 from kangaroo.memory import human_bytes
 
@@ -34,7 +36,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _agreement(run: Run) -> str:
-    methods = run.overall()
+    said = run.provenance.get("recipe", {}).get("methods", [])
+    drawn = {method["name"] for method in said if method.get("rule", "match") != "match"}
+    agreement = _compared([summary for summary in run.overall() if summary.method not in drawn])
+    return f"{agreement} {', '.join(sorted(drawn))}: by rejection, texts of their own." if drawn else agreement
+
+
+def _compared(methods: Sequence[Summary]) -> str:
     differing, ties = sum(len(s.differences) for s in methods), sum(s.ties for s in methods)
     if not differing:
         return "Every answer is plain decoding's, token by token."
