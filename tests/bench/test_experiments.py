@@ -27,7 +27,9 @@ from kangaroo.bench.sweep import read_sweep, run_sweep
 from kangaroo.bench.trained import Training, train_methods
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.text import Tokenizer
+from kangaroo.toml import read_table
 from kangaroo.training.beside import train_beside
+from kangaroo.training.reading import read_recipe
 from kangaroo.training.report import Update
 
 FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it has forked")
@@ -59,7 +61,7 @@ def test_methods_are_trained_once_for_equal_settings_and_then_measured(lab: Lab)
         return train(training)
 
     trained = train_methods(recipe, lab.recipe.parent, counted)
-    assert [Path(call.changes["output"]).name for call in calls] == ["one", "two", "heads"]
+    assert [call.folder.name for call in calls] == ["one", "two", "heads"]
     assert trained["same"] == trained["one"] == lab.output / "trained" / "one" / "best"
     records = run_bench(recipe, trained=trained, limit=2)
     methods = by_method(records)
@@ -83,7 +85,7 @@ def test_what_the_target_wrote_for_one_training_serves_the_next(lab: Lab) -> Non
     stages = list[tuple[str, str]]()
 
     def watched(training: Training) -> Path:
-        name = Path(training.changes["output"]).name
+        name = training.folder.name
 
         def note(news: Any) -> None:
             if isinstance(news, Update):
@@ -150,6 +152,50 @@ def test_settings_of_all_trainings_give_way_to_those_of_one(lab: Lab) -> None:
     recipe = read_bench_recipe(lab.write(own, '[quick]\n"training.set" = { "schedule.steps" = 1 }\n'), quick=True)
     changes = [method.train.joined(recipe.training) for method in recipe.methods[:2] if method.train]
     assert changes == [{"schedule": {"steps": 4}, "seed": 3}, {"schedule": {"steps": 1}, "seed": 3}]
+
+
+def test_one_adapter_goes_on_from_another(lab: Lab) -> None:
+    first = TRAINED[: TRAINED.index('[[methods]]\nname = "same"')]
+    common, method = first[: first.index("[[methods]]")], first[first.index("[[methods]]") :]
+    further = '\n[[methods]]\nname = "further"\ndrafter = "kangaroo"\ntrain = { after = "one" }\n'
+    recipe = read_bench_recipe(lab.write(first, further))
+    begins = list[str]()
+
+    def noted(training: Training) -> Path:
+        begins.append(read_recipe(training.recipe, training.changes).model_dump()["adapter"]["init"])
+        return train(training)
+
+    best = train_methods(recipe, lab.recipe.parent, noted)
+    assert begins == ["target", str(best["one"])]
+    assert digest(best["one"]) != digest(best["further"])
+    train_methods(recipe, lab.recipe.parent, noted)
+    assert len(begins) == 2, "both are finished"
+    for mistaken in (first.replace("train = {}", 'train = { after = "one" }'), common + further + method):
+        with pytest.raises(ConfigError, match=r"train.after is 'one'; name a method trained before it"):
+            read_bench_recipe(lab.write(mistaken))
+
+
+def test_files_take_the_place_of_what_the_target_would_write(lab: Lab) -> None:
+    path = lab.recipe.parent / "adapter.toml"
+    path.write_text(
+        path.read_text(encoding="utf-8") + "\n[synthesis]\ndocuments = 9\nmax_tokens = 8\n", encoding="utf-8"
+    )
+    seen = list[Training]()
+
+    def noted(training: Training) -> Path:
+        seen.append(training)
+        return training.folder / "best"
+
+    only = TRAINED[: TRAINED.index('[[methods]]\nname = "same"')]
+    train_methods(read_bench_recipe(lab.write(only)), lab.recipe.parent, noted)
+    without = read_bench_recipe(
+        lab.write(only.replace('data = ["meals.jsonl"]', "")), {"output": str(lab.output) + "2"}
+    )
+    train_methods(without, lab.recipe.parent, noted)
+    sections = [read_recipe(training.recipe, training.changes).model_dump()["synthesis"] for training in seen]
+    assert sections[0] is None
+    assert sections[1]["documents"] == 9
+    assert [len(training.data) for training in seen] == [1, 0]
 
 
 # Sweeps.
@@ -314,3 +360,52 @@ def test_data_that_is_not_there(lab: Lab) -> None:
     recipe = read_bench_recipe(lab.write(TRAINED), {"training.data": ["absent.jsonl"]})
     with pytest.raises(DataError, match=r"no data file at .*absent.jsonl \(training.data, or --data\)"):
         train_methods(recipe, lab.recipe.parent, train)
+
+
+# What ships.
+
+ROOT = Path(__file__).parents[2] / "recipes" / "experiments"
+SHIPPED = sorted(path for path in ROOT.glob("*.toml") if "kind" not in read_table(path))
+
+
+def test_there_is_a_recipe_for_each_experiment() -> None:
+    names = {path.stem for path in SHIPPED}
+    assert names >= {
+        "exit-layer",
+        "threshold",
+        "ablation",
+        "training",
+        "domains",
+        "context",
+        "temperature",
+        "batch",
+        "scale",
+    }
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_experiments_are_valid(path: Path, quick: bool, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}", encoding="utf-8")
+    needs_data = "data" in read_table(path).get("training", {})
+    changes = {"training.data": [str(tmp_path / "chats.jsonl")]} if needs_data else {}
+    recipe = read_bench_recipe(path, {"output": str(tmp_path / "run"), **changes}, quick=quick)
+    assert (recipe.model, recipe.questions, recipe.dtype, recipe.threads) == ("demo", "demo", "float32", 1)
+    assert recipe.experiment is not None
+    whole = read_bench_recipe(path)
+    assert (recipe.limit, recipe.max_tokens) != (whole.limit, whole.max_tokens) or not quick
+    steps = list[int]()
+
+    def parsed(training: Training) -> Path:
+        settings = read_recipe(training.recipe, training.changes)
+        assert settings.model_dump()["target"] == "demo"
+        assert (settings.model_dump()["synthesis"] is None) == needs_data
+        steps.append(settings.schedule.steps)
+        (training.folder / "best").mkdir(parents=True)
+        (training.folder / "best" / "x").write_text(training.folder.name, encoding="utf-8")
+        return training.folder / "best"
+
+    train_methods(recipe, path.parent, parsed)
+    assert all(count <= 20 for count in steps) or not quick
+    for run_ in recipe.by_value().values() or [recipe]:
+        assert run_.batch <= (run_.limit or 72)

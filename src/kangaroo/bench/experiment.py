@@ -32,6 +32,8 @@ class TrainSection(Section):
 
     recipe: Path | None = None
     set: dict[str, Any] = Field(default_factory=dict)
+    after: str | None = None
+    """Start from the adapter that this method, an earlier one, was trained to."""
 
     def joined(self, common: TrainingSection | None) -> dict[str, Any]:
         """The common changes to the recipe and then this method's own, as one table."""

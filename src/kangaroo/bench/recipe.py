@@ -133,11 +133,16 @@ class BenchRecipe(Section):
 
     @model_validator(mode="after")
     def _an_experiment(self) -> Self:
-        for method in self.methods:
+        for place, method in enumerate(self.methods):
             if self.experiment is None and (method.at, method.series) != (None, None):
                 raise ValueError(f"{method.name}: at and series are places in an [experiment], which is missing")
             if method.at is not None and self.vary is not None:
                 raise ValueError(f"{method.name}: [vary] gives every method its place; leave at out")
+            earlier = {other.name for other in self.methods[:place] if other.train}
+            if method.train is not None and method.train.after not in {None, *earlier}:
+                raise ValueError(
+                    f"{method.name}: train.after is {method.train.after!r}; name a method trained before it"
+                )
             if method.train is not None and not (method.train.recipe or (self.training and self.training.recipe)):
                 raise ValueError(f"{method.name}: nothing says what to train it by; give training.recipe")
         projected = self.experiment.projected if self.experiment else None

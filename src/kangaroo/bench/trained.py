@@ -15,7 +15,7 @@ from kangaroo.bench.provenance import digest
 from kangaroo.bench.recipe import BenchRecipe, MethodSection
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
-from kangaroo.toml import read_table
+from kangaroo.toml import lay_over, read_table
 
 TRAINED, PLAN = "trained", "plan.json"
 
@@ -28,8 +28,15 @@ class Training:
     data: Sequence[Path]
     changes: Mapping[str, Any]
     """Sections and keys of the recipe that take other values, its output folder among them."""
+    after: Path | None
+    """The folder of the trained adapter that it starts from."""
     beside: Sequence[Path]
     """Folders of the trainings before this one; where the target wrote the same text for them, it need not again."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is done."""
+        return Path(self.changes["output"])
 
 
 Train = Callable[[Training], Path]
@@ -43,26 +50,26 @@ def train_methods(recipe: BenchRecipe, base: Path, train: Train) -> dict[str, Pa
     that is called by the first method it serves; one that is finished is taken as it is. Raises ConfigError if a folder
     holds another training, DataError for data that is not there, and what training raises.
     """
-    plans: dict[str, dict[str, Any]] = {}
-    best: dict[str, Path] = {}
-    folders: dict[str, Path] = {}
     methods = [method for method in recipe.methods if method.train is not None]
     if not methods:
         return {}
+    best: dict[str, Path] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    folders: list[Path] = []
     with claim(recipe.output):
         for method in methods:
-            training = _training(method, recipe, base, list(folders.values()))
+            training = _training(method, recipe, base, best, folders)
             plan = _plan(training)
             twin = next((name for name, other in plans.items() if other == plan), None)
-            if twin is None:
-                plans[method.name], folders[method.name] = plan, Path(training.changes["output"])
-                best[method.name] = _trained(training, plan, train)
-            else:
-                best[method.name] = best[twin]
+            best[method.name] = _trained(training, plan, train) if twin is None else best[twin]
+            plans[method.name] = plan
+            folders += [training.folder] if twin is None else []
     return best
 
 
-def _training(method: MethodSection, recipe: BenchRecipe, base: Path, beside: Sequence[Path]) -> Training:
+def _training(
+    method: MethodSection, recipe: BenchRecipe, base: Path, best: Mapping[str, Path], folders: Sequence[Path]
+) -> Training:
     assert method.train is not None
     common = recipe.training or TrainingSection()
     path = method.train.recipe or common.recipe
@@ -70,22 +77,27 @@ def _training(method: MethodSection, recipe: BenchRecipe, base: Path, beside: Se
     changes = method.train.joined(common) | {"output": str(recipe.output / TRAINED / method.name)}
     if common.data and "synthesis" in read_table(base / path, changes):
         changes["synthesis"] = None  # files that are given take the place of what the target would write
-    return Training(recipe=base / path, data=[base / file for file in common.data], changes=changes, beside=beside)
+    after = None if method.train.after is None else best[method.train.after]
+    if after is not None:
+        lay_over(changes, {"adapter.init": str(after)})
+    data = [base / file for file in common.data]
+    return Training(recipe=base / path, data=data, changes=changes, after=after, beside=list(folders))
 
 
 def _plan(training: Training) -> dict[str, Any]:
-    """All that the weights depend on, but the machine."""
+    """All that the weights depend on, but the machine: files by their content, wherever they lie."""
     missing = [path for path in training.data if not path.is_file()]
     if missing:
         raise DataError(f"no data file at {missing[0]} (training.data, or --data)")
     table = read_table(training.recipe, training.changes)
     del table["output"]
+    if training.after is not None:
+        table["adapter"]["init"] = digest(training.after)
     return {"recipe": table, "data": [digest(path) for path in training.data]}
 
 
 def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
-    folder = Path(training.changes["output"])
-    path = folder / PLAN
+    folder, path = training.folder, training.folder / PLAN
     if path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -105,6 +117,5 @@ def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
 
 
 def _write(path: Path, table: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(table, indent=2) + "\n"
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -46,7 +46,7 @@ def bench(
 
 
 def _train(training: Training) -> Path:
-    out.print(f"training {training.changes['output']} by {training.recipe}")
+    out.print(f"training {training.folder} by {training.recipe}")
     with training_progress() as report:
         return train_beside(training.recipe, training.data, training.beside, overrides=training.changes, report=report)
 
