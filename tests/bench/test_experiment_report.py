@@ -85,6 +85,13 @@ def test_the_papers_figures_stand_beside_ours_and_are_labelled(tmp_path: Path) -
     assert "stroke-dasharray" in drawn, "read without colour"
 
 
+def test_the_papers_places_are_brought_to_ours(tmp_path: Path) -> None:
+    about = {"published": "exit-layer", "published_scale": 24}
+    rows = rows_of(read(save(tmp_path / "run", {"a": {"at": 3}, "b": {"at": 4}}, about)))
+    assert [(row["eta"], row["paper: speed-up"]) for row in rows[:2]] == [("3", "1.44"), ("4", "–")]
+    assert [row["eta"] for row in rows[2:]] == ["0", "1.5", "6", "12"]
+
+
 def test_what_the_published_tables_say() -> None:
     assert {p.at: (p.compression_rate, p.speedup) for p in EXPERIMENTS["exit-layer"]}[0.125] == (2.33, 1.44)
     grid = {(p.series, p.at): (p.compression_rate, p.speedup) for p in EXPERIMENTS["threshold"]}

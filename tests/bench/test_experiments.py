@@ -1,5 +1,6 @@
 """Experiments: methods trained before they are measured, sweeps, prompts of one length, and what users get wrong."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from little_experiments import EXPERIMENT, TRAINED, Lab, make_lab
 from little_runs import EARLY, MakeRecipe, by_method, timeless
 from transformers import AutoTokenizer
 
+from command import invoke
 from kangaroo import demo
 from kangaroo.bench import run
 from kangaroo.bench.formats import read_questions
@@ -360,6 +362,36 @@ def test_data_that_is_not_there(lab: Lab) -> None:
     recipe = read_bench_recipe(lab.write(TRAINED), {"training.data": ["absent.jsonl"]})
     with pytest.raises(DataError, match=r"no data file at .*absent.jsonl \(training.data, or --data\)"):
         train_methods(recipe, lab.recipe.parent, train)
+
+
+def test_a_mistake_in_the_last_training_is_found_before_the_first(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = TRAINED.replace('"adapter.exit_layer" = 2', '"adapter.exit_layers" = 2')
+    assert invoke("bench", str(lab.write(wrong))) == 2
+    assert "unknown key 'adapter.exit_layers'; did you mean 'exit_layer'?" in capsys.readouterr().err
+    assert not lab.output.exists()
+
+
+def test_after_ctrl_c_the_same_command_goes_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = importlib.import_module("kangaroo.cli.bench")
+    real = verb.train_beside
+
+    def pressed(*args: Any, report: Callable[[Any], None], **keys: Any) -> Path:
+        def note(news: Any) -> None:
+            report(news)
+            if isinstance(news, Update) and (news.stage, news.done) == ("train", 3):
+                signal.raise_signal(signal.SIGINT)
+
+        return real(*args, report=note, **keys)
+
+    only = TRAINED[: TRAINED.index('[[methods]]\nname = "same"')]
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "train_beside", pressed)
+        assert invoke("bench", str(lab.write(only)), "--limit", "1") == 130
+    assert "stopped after step 3" in capsys.readouterr().err
+    assert invoke("bench", str(lab.recipe), "--limit", "1") == 0
+    assert len(read_records(lab.output)) == 2
 
 
 # What ships.

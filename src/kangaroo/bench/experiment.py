@@ -78,6 +78,8 @@ class ExperimentSection(Section):
     """A point per method at its place, or per method and task at the task's."""
     published: str | None = None
     """An experiment of the paper to stand beside the figures; `report/published.py` has them."""
+    published_scale: float = 1.0
+    """The paper's places times this are ours. Its exit layers are shares of the depth: times our number of layers."""
     projected: str | None = None
     """A method whose rounds are projected to other models and machines."""
     note: str = ""

@@ -43,12 +43,15 @@ Train = Callable[[Training], Path]
 """Does it; returns the folder of the best weights."""
 
 
-def train_methods(recipe: BenchRecipe, base: Path, train: Train) -> dict[str, Path]:
+def train_methods(
+    recipe: BenchRecipe, base: Path, train: Train, check: Callable[[Training], object] = lambda training: None
+) -> dict[str, Path]:
     """The folder of what each method of the recipe that has a `train` was trained to, by the method's name.
 
     `base` is the folder that the recipe's paths are relative to. Trainings lie in OUTPUT/trained, each in a folder
-    that is called by the first method it serves; one that is finished is taken as it is. Raises ConfigError if a folder
-    holds another training, DataError for data that is not there, and what training raises.
+    that is called by the first method it serves; one that is finished is taken as it is. `check` sees
+    all trainings before the first begins. Raises ConfigError if a folder holds another training, DataError for data
+    that is not there, and what `train` and `check` raise.
     """
     methods = [method for method in recipe.methods if method.train is not None]
     if not methods:
@@ -56,9 +59,13 @@ def train_methods(recipe: BenchRecipe, base: Path, train: Train) -> dict[str, Pa
     best: dict[str, Path] = {}
     plans: dict[str, dict[str, Any]] = {}
     folders: list[Path] = []
+    for method in methods:
+        check(_training(method, recipe, base))
     with claim(recipe.output):
         for method in methods:
-            training = _training(method, recipe, base, best, folders)
+            assert method.train is not None
+            after = None if method.train.after is None else best[method.train.after]
+            training = _training(method, recipe, base, after, folders)
             plan = _plan(training)
             twin = next((name for name, other in plans.items() if other == plan), None)
             best[method.name] = _trained(training, plan, train) if twin is None else best[twin]
@@ -68,7 +75,7 @@ def train_methods(recipe: BenchRecipe, base: Path, train: Train) -> dict[str, Pa
 
 
 def _training(
-    method: MethodSection, recipe: BenchRecipe, base: Path, best: Mapping[str, Path], folders: Sequence[Path]
+    method: MethodSection, recipe: BenchRecipe, base: Path, after: Path | None = None, folders: Sequence[Path] = ()
 ) -> Training:
     assert method.train is not None
     common = recipe.training or TrainingSection()
@@ -77,18 +84,17 @@ def _training(
     changes = method.train.joined(common) | {"output": str(recipe.output / TRAINED / method.name)}
     if common.data and "synthesis" in read_table(base / path, changes):
         changes["synthesis"] = None  # files that are given take the place of what the target would write
-    after = None if method.train.after is None else best[method.train.after]
     if after is not None:
         lay_over(changes, {"adapter.init": str(after)})
     data = [base / file for file in common.data]
+    missing = [file for file in data if not file.is_file()]
+    if missing:
+        raise DataError(f"no data file at {missing[0]} (training.data, or --data)")
     return Training(recipe=base / path, data=data, changes=changes, after=after, beside=list(folders))
 
 
 def _plan(training: Training) -> dict[str, Any]:
     """All that the weights depend on, but the machine: files by their content, wherever they lie."""
-    missing = [path for path in training.data if not path.is_file()]
-    if missing:
-        raise DataError(f"no data file at {missing[0]} (training.data, or --data)")
     table = read_table(training.recipe, training.changes)
     del table["output"]
     if training.after is not None:

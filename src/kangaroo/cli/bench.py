@@ -1,6 +1,7 @@
 """`kangaroo bench`: what a benchmark recipe describes, measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from kangaroo.bench.sweep import run_sweep
 from kangaroo.bench.trained import Training, train_methods
 from kangaroo.terminal import countdown, out, training_progress
 from kangaroo.training.beside import train_beside
+from kangaroo.training.interrupt import Interrupted
+from kangaroo.training.reading import read_recipe
 
 
 def bench(
@@ -35,7 +38,7 @@ def bench(
     given["training.data"] = [str(path.resolve()) for path in data] if data else None
     changes = {key: value for key, value in given.items() if value is not None}
     settings = read_bench_recipe(recipe, changes, quick=quick)
-    trained = train_methods(settings, recipe.parent, _train)
+    trained = train_methods(settings, recipe.parent, _train, lambda each: read_recipe(each.recipe, each.changes))
     if settings.vary is None:
         with countdown("questions answered by all methods") as report:
             records = run_bench(settings, trained=trained, limit=limit, report=report)
@@ -47,8 +50,16 @@ def bench(
 
 def _train(training: Training) -> Path:
     out.print(f"training {training.folder} by {training.recipe}")
-    with training_progress() as report:
+    with _going_on(), training_progress() as report:
         return train_beside(training.recipe, training.data, training.beside, overrides=training.changes, report=report)
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    try:
+        yield
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"stopped after step {stop.step} in {stop.folder}; the same command goes on") from None
 
 
 def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:

@@ -1,7 +1,7 @@
 """The runs of an experiment as points along its axis: pure functions of records and of the recipe they come from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def make_experiment(runs: Sequence[tuple[Place | None, Run]]) -> Experiment | No
     if not recipe.get("experiment"):
         return None
     about = ExperimentSection.model_validate(recipe["experiment"])
-    published = EXPERIMENTS[about.published] if about.published else ()
+    published = tuple(_scaled(EXPERIMENTS[about.published], about.published_scale)) if about.published else ()
     points = [point for value, run in runs for point in _points(run, value, about, published)]
     records = runs[0][1].grid.records.values()
     trace = None if about.projected is None else Trace.of_method(records, about.projected)
@@ -104,6 +104,11 @@ def _points(
                 parameters=run.provenance.get("parameters", {}).get(name, 0),
                 published=_beside(at, series, published),
             )
+
+
+def _scaled(points: Sequence[PublishedPoint], scale: float) -> Iterator[PublishedPoint]:
+    for point in points:
+        yield point if isinstance(point.at, str) else replace(point, at=point.at * scale)
 
 
 def _beside(at: Place, series: str, published: Sequence[PublishedPoint]) -> PublishedPoint | None:

@@ -1,6 +1,7 @@
 """An experiment as one plot: speed-ups with their intervals along its axis, the paper's hollow and dashed."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kangaroo.bench.report.experiment import Experiment, Place, Point
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDE_RANGE = 16
 """Places whose largest is at least so many times the smallest are spread by their logarithm."""
+NARROWEST = 0.07
+"""Share of the axis between two ticks at least."""
 BETWEEN = 0.8
 """Room that the series of a place take, where places are a list."""
 
@@ -45,7 +48,7 @@ def _paint_lines(axes: "Axes", experiment: Experiment) -> None:
         theirs = [point for point in experiment.published if point.series == series]
         _paper_line(axes, theirs, _look_beside(series, experiment))
     axes.set_xticks([], minor=True)
-    axes.set_xticks(list(found.values()), [place_name(place) for place in found], rotation=_rotation(list(found)))
+    _mark_places(axes, found)
     axes.set_xlabel(experiment.about.axis)
     axes.set_ylabel("times as fast as plain decoding")
     axes.grid(axis="y")
@@ -62,8 +65,12 @@ def _places(experiment: Experiment) -> dict[Place, float]:
     return {**{place: place for place in numbers}, **{text: last + (i + 1) * step for i, text in enumerate(texts)}}
 
 
-def _rotation(places: Sequence[Place]) -> int:
-    return 45 if sum(len(place_name(place)) + 1 for place in places) > 40 else 0
+def _mark_places(axes: "Axes", found: dict[Place, float]) -> None:
+    """A tick at every place, unless they are all numbers and too close for their names."""
+    spread = [axes.transData.transform((place, 1))[0] for place in sorted(found.values())]
+    near = min((after - before for before, after in pairwise(spread)), default=0.0)
+    if near >= NARROWEST * (spread[-1] - spread[0]) or any(isinstance(place, str) for place in found):
+        axes.set_xticks(list(found.values()), [place_name(place) for place in found])
 
 
 def _line(axes: "Axes", points: Sequence[Point], places: dict[Place, float], drawn: Look) -> None:
