@@ -386,6 +386,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
         return real(*args, report=note, **keys)
 
     only = TRAINED[: TRAINED.index('[[methods]]\nname = "same"')]
+    monkeypatch.setenv("COLUMNS", "200")
     with monkeypatch.context() as patch:
         patch.setattr(verb, "train_beside", pressed)
         assert invoke("bench", str(lab.write(only)), "--limit", "1") == 130

@@ -15,7 +15,7 @@ from kangaroo.cli.info import info
 from kangaroo.cli.report import report
 from kangaroo.cli.train import train
 from kangaroo.errors import KangarooError
-from kangaroo.terminal import notes, print_error
+from kangaroo.terminal import print_error
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Faster text, the same tokens."
@@ -33,7 +33,3 @@ def main() -> None:
     except KangarooError as error:
         print_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(2)
-    except KeyboardInterrupt as interruption:
-        if str(interruption):
-            notes.print(str(interruption))
-        sys.exit(130)

@@ -12,7 +12,7 @@ from kangaroo.bench.records import Record
 from kangaroo.bench.run import run_bench
 from kangaroo.bench.sweep import run_sweep
 from kangaroo.bench.trained import Training, train_methods
-from kangaroo.terminal import countdown, out, training_progress
+from kangaroo.terminal import countdown, notes, out, training_progress
 from kangaroo.training.beside import train_beside
 from kangaroo.training.interrupt import Interrupted
 from kangaroo.training.reading import read_recipe
@@ -59,7 +59,8 @@ def _going_on() -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        raise KeyboardInterrupt(f"stopped after step {stop.step} in {stop.folder}; the same command goes on") from None
+        notes.print(f"stopped after step {stop.step}; the state is saved in {stop.folder}, the same command goes on")
+        raise typer.Exit(130) from None
 
 
 def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:

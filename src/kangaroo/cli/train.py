@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from kangaroo.cli.options import Threads, set_threads
-from kangaroo.terminal import out, training_progress
+from kangaroo.terminal import notes, out, training_progress
+from kangaroo.training.interrupt import Interrupted
 from kangaroo.training.run import train as train_recipe
 
 
@@ -28,6 +29,10 @@ def train(
     overrides: dict[str, Any] = {} if output is None else {"output": str(output)}
     if max_steps is not None:
         overrides["schedule.steps"] = max_steps
-    with training_progress() as report:
-        folder = train_recipe(recipe, data or (), overrides=overrides, resume=resume, report=report)
+    try:
+        with training_progress() as report:
+            folder = train_recipe(recipe, data or (), overrides=overrides, resume=resume, report=report)
+    except Interrupted as stop:
+        notes.print(str(stop))
+        raise typer.Exit(130) from None
     out.print(f"best weights: {folder}")
