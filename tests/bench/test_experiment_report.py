@@ -160,9 +160,16 @@ def test_runs_without_an_experiment_are_reported_as_before(tmp_path: Path) -> No
 
 def test_texts_drawn_by_rejection_are_not_called_differences(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", {"a": {}, "b": {"rule": "reject"}}, {})
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        if row["method"] == "b":
+            row["turns"][0]["tokens"][0] += 1
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert invoke("report", str(folder)) == 0
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "Every answer is plain decoding's, token by token. b: by rejection, texts of their own." in text
+    assert "Answers that differ" not in text
 
 
 def test_unknown_tables_and_projections_are_refused(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ class Run:
         return [method for method in self.summaries if method != BASELINE]
 
     @property
+    def drawn(self) -> set[str]:
+        """Methods that draw by rejection: their texts are not meant to be the baseline's."""
+        methods = self.provenance.get("recipe", {}).get("methods", [])
+        return {method["name"] for method in methods if method.get("rule", "match") != "match"}
+
+    @property
     def tasks(self) -> list[str]:
         """With OVERALL last, unless there is one task only."""
         return [*self.grid.tasks, OVERALL] if len(self.grid.tasks) > 1 else list(self.grid.tasks)

@@ -53,7 +53,7 @@ def overview(run: Run) -> Table:
             number(summary.compression_rate),
             number(summary.drafted_per_round),
             percent(summary.accepted_share),
-            f"{summary.identical} of {summary.answers}",
+            UNKNOWN if summary.method in run.drawn else f"{summary.identical} of {summary.answers}",
             UNKNOWN if summary.peak_bytes is None else human_bytes(summary.peak_bytes),
         )
 
@@ -211,7 +211,8 @@ def paper(run: Run) -> Table:
 
 def differences(run: Run) -> Table:
     """The first answers that are not the baseline's."""
-    found = [difference for summary in run.overall() for difference in summary.differences]
+    compared = [summary for summary in run.overall() if summary.method not in run.drawn]
+    found = [difference for summary in compared for difference in summary.differences]
     rows = [_difference(difference) for difference in found[:SHOWN_DIFFERENCES]]
     more = f" The first {SHOWN_DIFFERENCES} of {len(found)}." if len(found) > SHOWN_DIFFERENCES else ""
     note = f"Where answers first depart from plain decoding's, counted from 0. A tie: rounding explains the gap.{more}"

@@ -36,10 +36,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _agreement(run: Run) -> str:
-    said = run.provenance.get("recipe", {}).get("methods", [])
-    drawn = {method["name"] for method in said if method.get("rule", "match") != "match"}
-    agreement = _compared([summary for summary in run.overall() if summary.method not in drawn])
-    return f"{agreement} {', '.join(sorted(drawn))}: by rejection, texts of their own." if drawn else agreement
+    agreement = _compared([summary for summary in run.overall() if summary.method not in run.drawn])
+    return f"{agreement} {', '.join(sorted(run.drawn))}: by rejection, texts of their own." if run.drawn else agreement
 
 
 def _compared(methods: Sequence[Summary]) -> str:
