@@ -36,8 +36,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _agreement(run: Run) -> str:
-    agreement = _compared([summary for summary in run.overall() if summary.method not in run.drawn])
-    return f"{agreement} {', '.join(sorted(run.drawn))}: by rejection, texts of their own." if run.drawn else agreement
+    compared = [summary for summary in run.overall() if summary.method not in run.drawn]
+    said = [_compared(compared)] if compared else []
+    said += [f"{', '.join(sorted(run.drawn))}: by rejection, texts of their own."] if run.drawn else []
+    return " ".join(said)
 
 
 def _compared(methods: Sequence[Summary]) -> str:
