@@ -68,7 +68,6 @@ class CheckReport:
     """What a check found."""
 
     tokens: int = 0
-    emitted: int = 0
     answers: int = 0
     rounds: Rounds = field(default_factory=Rounds)
     differences: list[Difference] = field(default_factory=list)
