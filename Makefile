@@ -36,8 +36,8 @@ demo: $(STAMP) ## the demo model with Kangaroo and without: same text, speed-up
 # ARGS=--legacy adds Spec-Bench's own count.
 report: $(STAMP) ## renew tables, plots and page of every run under results/
 	@find results -name records.jsonl | grep -q . || echo "no runs under results/; kangaroo bench makes them"
-	@find results -name records.jsonl | sort | while read -r records; do \
-		$(BIN)/kangaroo report "$$(dirname "$$records")" $(ARGS) || exit 1; \
+	@find results -name records.jsonl -o -name sweep.json | xargs -r -n1 dirname | sort -u | while read -r run; do \
+		[ -f "$$(dirname "$$run")/sweep.json" ] || $(BIN)/kangaroo report "$$run" $(ARGS) || exit 1; \
 	done
 
 fmt: $(STAMP) ## format the code, repair what can be repaired, renew the README's tree
