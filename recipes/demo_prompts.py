@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kangaroo import demo
 from kangaroo.documents import Document, read_documents
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 from kangaroo.loading import load_tokenizer
 from kangaroo.training.data import choose_documents
 from kangaroo.training.reading import read_recipe
@@ -45,7 +45,7 @@ def main() -> None:
     rows = [{"source": d.source, "messages": d.messages} for d in (*chats[:SHORT], *meetings)]
     rows += _about_books(list(read_documents(options.books)), random.Random(recipe.seed))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(options.output, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(options.output, text)
     print(f"{options.output}: {len(rows)} documents")
 
 

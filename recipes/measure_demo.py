@@ -22,7 +22,7 @@ from kangaroo.bench.cost import decoder_costs
 from kangaroo.bench.prompts import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
 from kangaroo.environment import surroundings
-from kangaroo.files import write_atomically
+from kangaroo.files import write_json
 from kangaroo.sampling import Sampling
 from kangaroo.training.data import choose_documents
 from kangaroo.training.reading import read_recipe
@@ -165,7 +165,7 @@ def main() -> None:
     began = surroundings() | {"when": time.strftime("%Y-%m-%d")}
     found = loss(options.data) if options.what == "loss" else tune() if options.what == "tune" else held_out()
     record = {"what": options.what, **began, "figures": found}
-    write_atomically(options.output, lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))
+    write_json(options.output, record)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from kangaroo.bench.prompts import interleave_kinds, read_prompts
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
 from kangaroo.environment import surroundings
-from kangaroo.files import write_atomically
+from kangaroo.files import write_json
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
 
@@ -72,9 +72,9 @@ def main() -> None:
     record = {
         drafter: overhead(plain.with_drafter(drafter), prompts) for drafter in ("none", "kangaroo", "prompt-lookup")
     }
-    text = json.dumps({**record, "surroundings": surroundings()}, indent=2) + "\n"
-    write_atomically(options.output, lambda part: part.write_text(text, encoding="utf-8"))
-    print(text)
+    record |= {"surroundings": surroundings()}
+    write_json(options.output, record)
+    print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

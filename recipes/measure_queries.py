@@ -26,7 +26,7 @@ from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.ngrams import NgramIndex
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.environment import surroundings
-from kangaroo.files import write_atomically
+from kangaroo.files import write_json
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     record = surroundings() | {"rounds": rounds(), "query_microseconds": queries()}
-    write_atomically(options.output, lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))
+    write_json(options.output, record)
     print(json.dumps(record, indent=2))
 
 

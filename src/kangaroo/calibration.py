@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kangaroo.errors import AdapterError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_json
 
 FILE = "calibration.json"
 BINS = 20
@@ -41,7 +41,7 @@ class Calibration:
 
     def save(self, folder: Path) -> None:
         """Write calibration.json."""
-        write_atomically(folder / FILE, lambda part: part.write_text(json.dumps(asdict(self), indent=2) + "\n"))
+        write_json(folder / FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Calibration":

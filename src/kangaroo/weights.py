@@ -16,7 +16,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from kangaroo.errors import AdapterError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_atomically, write_json
 from kangaroo.fingerprint import same_model
 from kangaroo.model import Target
 
@@ -54,7 +54,7 @@ class TrainedWeights(nn.Module):
             "weights_sha256": hashlib.sha256((folder / self.file).read_bytes()).hexdigest(),
             "provenance": provenance,
         }
-        write_atomically(folder / CONFIG, lambda part: part.write_text(json.dumps(table, indent=2) + "\n"))
+        write_json(folder / CONFIG, table)
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import Record
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 from kangaroo.text import Tokenizer
 
 ANSWERS = "answers"
@@ -29,7 +29,7 @@ def write_answers(folder: Path, records: Sequence[Record], tokenizer: Tokenizer,
         rows = [_row(answered[question], tokenizer, stamp) for question in sorted(answered, key=_natural)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = folder / ANSWERS / f"{method}.jsonl"
-        write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        write_text(path, text)
 
 
 def _natural(question: QuestionId) -> tuple[bool, int, str]:

@@ -49,7 +49,7 @@ class Asker:
                 f"prompt_tokens is {recipe.prompt_tokens}, but only {self._room} leave room for max_tokens"
             )
         self._questions = questions
-        self._drawn = {method.name for method in recipe.methods if method.rule != "match"}
+        self._drawn = recipe.drawn
         self._met: set[tuple[str, int, int]] = set()
 
     def ask(self, questions: Sequence[Question], repeat: int, rotation: int) -> list[Record]:

@@ -13,7 +13,7 @@ from kangaroo.decoder import Decoder
 from kangaroo.drafters import find_drafter
 from kangaroo.environment import surroundings
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_json
 from kangaroo.toml import parse_table
 
 PROVENANCE = "provenance.json"
@@ -70,8 +70,7 @@ def resumed(before: Facts, facts: Facts) -> Facts:
 
 def write_facts(folder: Path, facts: Facts) -> None:
     """Write them down."""
-    text = json.dumps(facts, indent=2) + "\n"
-    write_atomically(folder / PROVENANCE, lambda part: part.write_text(text, encoding="utf-8"))
+    write_json(folder / PROVENANCE, facts)
 
 
 def _refuse_another_run(before: Facts, now: Facts, path: Path) -> None:
@@ -113,10 +112,10 @@ def _files(recipe: BenchRecipe, decoder: Decoder, trained: Mapping[str, Path]) -
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files and their names."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(file.relative_to(path).as_posix().encode())
+            found.update(file.relative_to(path).as_posix().encode())
             with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+                found.update(hashlib.file_digest(content, "sha256").digest())
+    return found.hexdigest()

@@ -113,6 +113,11 @@ class BenchRecipe(Section):
         """As `load` takes it."""
         return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
+    @property
+    def drawn(self) -> set[str]:
+        """Methods that draw texts of their own, which are not compared with plain decoding's."""
+        return {method.name for method in self.methods if method.rule != "match"}
+
     def sampled(self, repeat: int) -> Sampling:
         """How the answers of a repeat are sampled: each repeat is another sample of the same seed."""
         return Sampling(**self.sampling.model_dump(), seed=self.seed, index=repeat)

@@ -11,7 +11,7 @@ from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import Record
 from kangaroo.bench.run import Report, load_methods, measure
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 
 SWEEP = "sweep.json"
 
@@ -45,7 +45,7 @@ def _write_sweep(folder: Path, key: str, values: list[Any]) -> None:
     if before is not None and before[0] != key:
         raise ConfigError(f"{folder} holds a sweep over {before[0]}, not over {key}; give a new --output")
     text = json.dumps({"key": key, "values": values}) + "\n"
-    write_atomically(folder / SWEEP, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(folder / SWEEP, text)
 
 
 def read_sweep(folder: Path) -> tuple[str, list[Any]] | None:

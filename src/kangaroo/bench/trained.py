@@ -14,7 +14,7 @@ from kangaroo.bench.journal import claim
 from kangaroo.bench.provenance import digest
 from kangaroo.bench.recipe import BenchRecipe, MethodSection
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_json
 from kangaroo.toml import lay_over, read_table
 
 TRAINED, PLAN = "trained", "plan.json"
@@ -116,12 +116,7 @@ def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
             )
         if best is not None:
             return folder / str(best)
-    _write(path, plan)  # first, so that what is interrupted is never gone on with by another plan
+    write_json(path, plan)  # first, so that what is interrupted is never gone on with by another plan
     best = train(training)
-    _write(path, plan | {"best": str(best.relative_to(folder))})
+    write_json(path, plan | {"best": str(best.relative_to(folder))})
     return best
-
-
-def _write(path: Path, table: Mapping[str, Any]) -> None:
-    text = json.dumps(table, indent=2) + "\n"
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -66,7 +66,7 @@ def _going_on() -> Iterator[None]:
 def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:
     found = [(r.method, turn.difference) for r in records for turn in r.turns if turn.difference is not None]
     ties = sum(difference.tie for _, difference in found)
-    drawn = {method.name for method in settings.methods if method.rule != "match"}
+    drawn = settings.drawn
     compared = sum(record.method not in drawn for record in records)
     verdict = (
         f"{len(found)} differ from plain decoding's, {ties} of them by a tie in rounding; kangaroo report has them"

@@ -10,7 +10,7 @@ from kangaroo.bench.report.folders import read_folders
 from kangaroo.bench.report.page import to_document, to_page
 from kangaroo.bench.report.results import find_mixture
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 from kangaroo.terminal import out
 
 
@@ -42,9 +42,6 @@ def report(
         "report.html": to_page(runs, mixture, experiments),
     }
     for name, text in texts.items():
-        _write((output or folders[0]) / name, text)
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
-    out.print(str(path))
+        path = (output or folders[0]) / name
+        write_text(path, text)
+        out.print(str(path))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kangaroo.decode import decode, start
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 from kangaroo.model import Target
 from kangaroo.state import Request
 from kangaroo.training.report import Clock, Report, Stage
@@ -29,7 +29,7 @@ class Writer:
         answers = _read(path, header)
         clock = Clock(stage, len(answers), len(requests), self.report)
         text = "".join(json.dumps(row) + "\n" for row in [header, *answers])
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(path, text)
         with path.open("a", encoding="utf-8") as file:
             for begin in range(len(answers), len(requests), self.batch):
                 new = self._generate(requests[begin : begin + self.batch])

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from kangaroo.errors import ConfigError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 
 METRICS = "metrics.jsonl"
 
@@ -24,7 +24,7 @@ class Metrics:
         self._path = folder / METRICS
         kept = [row for row in read_metrics(self._path) if row["step"] <= step] if step else []
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(self._path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(self._path, text)
         self._file = self._path.open("a", encoding="utf-8")
 
     def record(self, row: Mapping[str, float]) -> None:

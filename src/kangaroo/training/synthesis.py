@@ -12,7 +12,7 @@ from typing import Any
 
 from kangaroo.documents import read_documents
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_text
 from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -61,7 +61,7 @@ class Synthesis:
         rows = self._texts() if self.frame is None else self._conversations(self.frame)
         self._check_enough(len(rows))
         text = "".join(json.dumps({"source": source, **row}, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(path, text)
         for made in (SAMPLED, ANSWERED):
             (self.recipe.output / made).unlink(missing_ok=True)
         return [path]

@@ -9,12 +9,11 @@ import numpy as np
 from kangaroo.bench.experiment import ExperimentSection
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE
-from kangaroo.bench.report.bootstrap import interval, resample_totals
 from kangaroo.bench.report.grid import OVERALL
 from kangaroo.bench.report.projection.trace import Trace
 from kangaroo.bench.report.published import EXPERIMENTS, PublishedPoint
 from kangaroo.bench.report.results import Run
-from kangaroo.bench.report.statistics import Estimate, Summary
+from kangaroo.bench.report.statistics import Estimate, Summary, ratio
 from kangaroo.bench.report.tables import task_name
 
 Place = float | str
@@ -119,10 +118,4 @@ def _compression_rate(run: Run, method: str, questions: Sequence[QuestionId]) ->
     """Tokens per round; the interval resamples questions, as that of the speed-up does."""
     turns = [[t for answer in run.grid.answers(method, question) for t in answer.turns] for question in questions]
     counts = np.array([[sum(sum(t.emitted) for t in row), sum(len(t.emitted) for t in row)] for row in turns], float)
-    tokens, rounds = counts.sum(0)
-    if not rounds:
-        return None
-    if len(questions) == 1:
-        return Estimate(float(tokens / rounds))
-    draws = resample_totals(counts)
-    return Estimate(float(tokens / rounds), *interval(draws[:, 0] / draws[:, 1]))
+    return ratio(counts) if counts[:, 1].any() else None

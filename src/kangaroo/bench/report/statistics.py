@@ -141,6 +141,15 @@ def relative_speeds(
     return speeds
 
 
+def ratio(values: Array) -> Estimate:
+    """Total over total of values [questions, 2], with the interval that resampling questions gives."""
+    above, below = values.sum(0)
+    if len(values) == 1:
+        return Estimate(float(above / below))
+    draws = resample_totals(values)
+    return Estimate(float(above / below), *interval(draws[:, 0] / draws[:, 1]))
+
+
 def _resampled(grid: Grid, resamples: int, seed: int) -> Iterator[tuple[str, list[QuestionId], Array, Array]]:
     """Every task with its questions, what was measured of them, and totals of draws [resamples, methods, columns]."""
     for task, questions in {**grid.tasks, OVERALL: grid.questions}.items():

@@ -9,11 +9,10 @@ pieces, `known.py` has those of others, `table.py` shows what comes out.
 import numpy as np
 
 from kangaroo.adapter import Variant
-from kangaroo.bench.report.bootstrap import interval, resample_totals
 from kangaroo.bench.report.projection.passes import Hardware, make_pieces
 from kangaroo.bench.report.projection.shapes import Shape
 from kangaroo.bench.report.projection.trace import Trace
-from kangaroo.bench.report.statistics import Estimate
+from kangaroo.bench.report.statistics import Estimate, ratio
 from kangaroo.drafters.costs import CONTEXT
 
 
@@ -34,9 +33,4 @@ def project(
     steps = np.array([1 / costs.bound([drafted], 1) for drafted in range(trace.longest + 1)])
     emitted = np.arange(trace.counts.shape[2])
     # A round's tokens, and its cost in plain steps: all that resampling has to add up.
-    rounds = np.stack([trace.counts.sum(1) @ emitted, trace.counts.sum(2) @ steps], 1)
-    tokens, cost = rounds.sum(0)
-    if len(rounds) == 1:
-        return Estimate(float(tokens / cost))
-    draws = resample_totals(rounds)
-    return Estimate(float(tokens / cost), *interval(draws[:, 0] / draws[:, 1]))
+    return ratio(np.stack([trace.counts.sum(1) @ emitted, trace.counts.sum(2) @ steps], 1))
