@@ -136,11 +136,10 @@ def test_heads_learn_and_the_target_does_not(make_lesson: MakeLesson) -> None:
 def test_untrained_heads_predict_what_the_targets_own_head_does(make_lesson: MakeLesson) -> None:
     objective, packed = build_medusa(make_lesson(lesson.MEDUSA))
     batch = packed.batch(0, 2, 64, seed=0)
-    wanted, x = objective.wanted(batch), objective.states(batch)
+    wanted, everywhere = objective.wanted(batch), torch.ones_like(batch.trained)
+    x = objective.states(batch, everywhere)
     for head in range(HEADS):
-        flat = functional.cross_entropy(
-            objective.target.logits(x).flatten(0, 1), wanted[..., head].flatten(), reduction="sum"
-        )
+        flat = functional.cross_entropy(objective.target.logits(x), wanted[..., head].flatten(), reduction="sum")
         assert objective.measure(batch)[f"loss_{head}"][0] == pytest.approx(float(flat), rel=1e-5)
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,20 @@ def test_killed_medusa_run_resumes_bit_for_bit(make_lesson: MakeLesson, stage: s
     assert run.rows() == whole.rows()
     files = [(folder.output / "best" / "heads.safetensors").read_bytes() for folder in (run, whole)]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_killed_run_that_keeps_states(make_lesson: MakeLesson, tmp_path: Path, lost: bool) -> None:
+    """With the states that the killed run left, and with none of them."""
+    whole, run = make_lesson(), make_lesson()
+    whole.train(states=str(tmp_path / "whole"))
+    states = str(tmp_path / "killed")
+    assert in_child(lambda: run.train(states=states, report=die_at("train", 5))) == -signal.SIGKILL
+    if lost:
+        shutil.rmtree(states)
+    run.train(states=states, resume=True)
+    assert run.rows() == whole.rows()
+    assert best_bytes(run) == best_bytes(whole)
 
 
 def test_killed_while_saving(make_lesson: MakeLesson, uninterrupted: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:

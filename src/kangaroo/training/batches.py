@@ -32,6 +32,11 @@ class Batch:
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.tokens.to(device), self.trained.to(device), documents)
 
+    def __getitem__(self, rows: slice) -> "Batch":
+        """Some of the rows."""
+        documents = None if self.documents is None else self.documents[rows]
+        return Batch(self.tokens[rows], self.trained[rows], documents)
+
 
 class Batches(Protocol):
     """An endless, reproducible sequence of micro-batches."""

@@ -28,7 +28,7 @@ class Estimate:
     available_bytes: int
     """Free on the device."""
     seconds_per_step: float
-    """Measured on one micro-batch of the recipe's first shape."""
+    """Measured on one micro-batch of the recipe's first shape, which the target has not seen before."""
     seconds: float
     """All remaining steps and evaluations."""
 
@@ -65,9 +65,10 @@ def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: in
 
 def _seconds_per_token(objective: Objective, batches: Batches, recipe: Recipe) -> float:
     rows, length = recipe.schedule.shape(0)
-    batch = batches.batch(0, rows, length, recipe.seed).to(objective.device)
     seconds = 0.0
-    for _ in range(2):  # the first run pays for allocations and kernels that the others find ready
+    # The first run pays for allocations and kernels that the others find ready.
+    for number in range(2):
+        batch = batches.batch(number, rows, length, recipe.seed).to(objective.device)
         synchronise(objective.device)
         began = time.perf_counter()
         objective.loss(batch).total.backward()  # type: ignore[no-untyped-call]

@@ -3,19 +3,24 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from kangaroo.model import Target
+from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import DraftModel, HeldOut
+from kangaroo.training.positions import place_documents
 from kangaroo.training.recipe import FrozenTargetRecipe
+from kangaroo.training.states import States
 
 
 class ForTarget(DraftModel):
-    """The target runs online and never changes; what is learnt is evaluated by drafting for it."""
+    """The target never changes; what is learnt is evaluated by drafting for it."""
 
     recipe: FrozenTargetRecipe
 
-    def __init__(self, target: Target, held_out: HeldOut):
-        self.target, self.held_out, self.device = target, held_out, target.device
+    def __init__(self, target: Target, held_out: HeldOut, recipe: FrozenTargetRecipe):
+        self.target, self.held_out, self.recipe, self.device = target, held_out, recipe, target.device
+        self.kept = None if recipe.states is None else States(recipe.states, target, recipe.run.mixed_precision)
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
         self.evaluation_tokens = held_out.tokens
 
@@ -28,6 +33,18 @@ class ForTarget(DraftModel):
     def precision(self) -> torch.autocast:
         """Of matrix products, as the recipe says."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
+
+    @torch.no_grad()
+    def run_target(self, batch: Batch, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Tensor]:
+        """(states after `exit_layer` layers [B, T, D], states before the final norm at marked positions [M, D]).
+
+        With kept states, layers from the exit on are run only for rows that have none.
+        """
+        x, where = self.target.embed(batch.tokens), place_documents(batch)
+        if self.kept is None:
+            final, taps = self.target.run(x, where, None, taps=(exit_layer,))
+            return taps[exit_layer], final[mask]
+        return self.target.run(x, where, None, stop=exit_layer)[0], self.kept.at(batch, mask)
 
     def layer_floats(self, length: int) -> tuple[int, int]:
         """Numbers per token of one layer's working set in sequences of `length`: (states, attention scores)."""

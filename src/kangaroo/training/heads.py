@@ -15,7 +15,7 @@ from kangaroo.training.evaluation import HeldOut, Judgement, Sums
 from kangaroo.training.for_target import ForTarget
 from kangaroo.training.objective import Loss
 from kangaroo.training.pieces import LOGITS_AT_ONCE, sum_in_pieces
-from kangaroo.training.positions import learnt_positions, place_documents
+from kangaroo.training.positions import learnt_positions
 from kangaroo.training.recipe import MedusaRecipe
 from kangaroo.training.simulate import parallel_rounds
 
@@ -30,14 +30,14 @@ class LaterTokens(ForTarget):
 
     Head i learns at position t if the token at t + 2 + i is marked and belongs to the same document. The loss is summed
     over heads and tokens and counted per token, of which head 0 learns a few more than the others: close to their sum
-    of means. The target runs online under no_grad.
+    of means. The target runs under no_grad.
     """
 
     recipe: MedusaRecipe
 
     def __init__(self, target: Target, heads: MedusaHeads, held_out: HeldOut, recipe: MedusaRecipe):
-        super().__init__(target, held_out)
-        self.heads, self.recipe = heads, recipe
+        super().__init__(target, held_out, recipe)
+        self.heads = heads
         decay = recipe.loss.decay ** torch.arange(heads.config.heads, dtype=torch.float32)
         self.weights = decay.to(target.device)
 
@@ -69,17 +69,16 @@ class LaterTokens(ForTarget):
         later = [batch.tokens.roll(-n, 1).masked_fill(~learnt_positions(batch, n), NOTHING) for n in distances]
         return torch.stack(later, -1)
 
-    def states(self, batch: Batch) -> Tensor:
-        """The target's states after the final norm, [B, T, D] in float32."""
+    def states(self, batch: Batch, mask: Tensor) -> Tensor:
+        """The target's states after the final norm at the marked positions, [M, D] in float32."""
         with torch.no_grad():
-            x, _ = self.target.run(self.target.embed(batch.tokens), place_documents(batch), None)
-            return self.target.norm(x).float()
+            return self.target.norm(self.run_target(batch, mask)[1]).float()
 
     def _compare(self, batch: Batch, wanted: Tensor) -> tuple[Tensor, ...]:
         """Sums over the batch: losses [H] in nats, right predictions [H], tokens confirmed []."""
         learnt = (wanted != NOTHING).any(-1)
         logits = self.heads.config.heads * self.target.vocab_size
-        return sum_in_pieces(self._compare_states, logits, self.states(batch)[learnt], wanted[learnt])
+        return sum_in_pieces(self._compare_states, logits, self.states(batch, learnt), wanted[learnt])
 
     def _compare_states(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         losses, hits = [], []
@@ -106,7 +105,7 @@ class LaterTokens(ForTarget):
         """Per marked token: which heads would draft right in a round that begins with it, two tokens before it."""
         wanted = self.wanted(batch)
         starts = wanted[..., 0] != NOTHING
-        x = self.states(batch)[starts]
+        x = self.states(batch, starts)
         best = [self.heads.logits(head, x).argmax(-1) for head in range(wanted.shape[-1])]
         hits = torch.zeros_like(wanted, dtype=torch.bool)
         hits[starts] = torch.stack(best, -1) == wanted[starts]

@@ -43,7 +43,7 @@ class Comparison:
 
 
 class Imitation(ForTarget):
-    """Soft cross-entropy and acceptance loss of an adapter against its target, which runs online under no_grad.
+    """Soft cross-entropy and acceptance loss of an adapter against its target, which runs under no_grad.
 
     Position t is learnt from if the token at t + 1 is marked and belongs to the same document: there the adapter reads
     h_E(t), and both p and q are about token t + 1. The prompt's last token is such a position, the answer's last is
@@ -54,8 +54,8 @@ class Imitation(ForTarget):
     recipe: AdapterRecipe
 
     def __init__(self, target: Target, adapter: Adapter, held_out: HeldOut, recipe: AdapterRecipe):
-        super().__init__(target, held_out)
-        self.adapter, self.recipe = adapter, recipe
+        super().__init__(target, held_out, recipe)
+        self.adapter = adapter
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The adapter's weights; the target's never change."""
@@ -95,10 +95,8 @@ class Imitation(ForTarget):
 
     def _states(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(adapter states, target states before the final norm) at the marked positions, [M, D] each."""
-        exit_layer, where = self.adapter.config.exit_layer, place_documents(batch)
-        with torch.no_grad():
-            final, taps = self.target.run(self.target.embed(batch.tokens), where, None, taps=(exit_layer,))
-        return self.adapter(taps[exit_layer].float(), where)[mask], final[mask]
+        exits, final = self.run_target(batch, mask, self.adapter.config.exit_layer)
+        return self.adapter(exits.float(), place_documents(batch))[mask], final
 
     def compare(self, draft: Tensor, final: Tensor) -> Comparison:
         """Compare q and p at positions given by adapter states and target states [M, D]."""

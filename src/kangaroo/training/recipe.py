@@ -221,6 +221,9 @@ class FrozenTargetRecipe(Recipe):
 
     target: str
     """"demo", a folder, or a hub name."""
+    states: Path | None = None
+    """A folder to keep the target's last states in, where a row of text that comes again, in a later epoch or another
+    run, finds them: the deep layers are not run for it. Width x bytes of the dtype for every token learnt from."""
     evaluation: EvaluationSection = EvaluationSection()
     regenerate: RegenerateSection | None = None
     synthesis: SynthesisSection | None = None

@@ -13,6 +13,7 @@ STATE = "state.safetensors"
 FREE = frozenset(
     {
         "output",  # the folder was moved
+        "states",
         "schedule.steps",  # longer or shorter; the decay moves with the end, and what has been learnt stays
         "run.checkpoint_every",
         "run.evaluate_every",
