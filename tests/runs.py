@@ -21,7 +21,7 @@ from kangaroo.drafters.medusa import Medusa, MedusaChainConfig, MedusaTree, Medu
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.drafters.rest import Rest, RestConfig
-from kangaroo.drafters.stopping import CostAware
+from kangaroo.drafters.stopping import CostAware, DraftCosts
 from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -39,7 +39,7 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "kangaroo-fixed": lambda t: Kangaroo(t, make_adapter(t), EXIT, ChainConfig(max_draft=3, threshold=0)),
     "kangaroo": lambda t: Kangaroo(t, make_adapter(t), EXIT, ChainConfig(max_draft=5, threshold=0.35)),
     "kangaroo-auto": lambda t: Kangaroo(
-        t, make_adapter(t), EXIT, ChainConfig(max_draft=6), CostAware(CALIBRATION, draft_cost=0.25, node_cost=0.05)
+        t, make_adapter(t), EXIT, ChainConfig(max_draft=6), CostAware(CALIBRATION, DraftCosts(token=0.3), longest=6)
     ),
     "kangaroo-tree": lambda t: KangarooTree(t, make_adapter(t), EXIT, TreeConfig(top_k=3, max_draft=3, threshold=0.05)),
     "early-exit": lambda t: Kangaroo(t, None, EXIT, ChainConfig(max_draft=4, threshold=0.2)),

@@ -13,7 +13,7 @@ from kangaroo.calibration import Calibration, calibrate
 from kangaroo.decode import start
 from kangaroo.decoder import load
 from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.stopping import CostAware, Threshold
+from kangaroo.drafters.stopping import CostAware, DraftCosts, Threshold
 from kangaroo.errors import AdapterError, ConfigError
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, State
@@ -82,7 +82,7 @@ def round_over(state: State, rule: CostAware, emitted: list[int], drafted: list[
 def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
     """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted."""
     state = two_rows()
-    rule = CostAware(CALIBRATION, draft_cost=0.25, node_cost=0.05)
+    rule = CostAware(CALIBRATION, DraftCosts(token=0.3), longest=6)
     assert rule.begin(state).tolist() == [True, True]  # 0.6 > 0.3 x 1
     assert rule.go_on(logits_of([0.9, 0.5])).tolist() == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
     assert rule.go_on(logits_of([0.9, 0.9])).tolist() == [True, False]  # 0.81 x 0.6
@@ -97,9 +97,17 @@ def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("start", "longest", "begins"), [(0.8, 6, True), (0.95, 6, False), (0.8, 2, False)])
+def test_a_draft_must_make_up_for_its_start(start: float, longest: int, begins: bool) -> None:
+    """Tokens at 0.1 each, right with 0.6 after one that is: 0.5 + 0.26 + 0.116 + 0.03 = 0.91, two of them 0.76."""
+    rule = CostAware(CALIBRATION, DraftCosts(token=0.1, start=start), longest)
+    assert rule.begin(two_rows()).tolist() == [begins] * 2
+
+
+@torch.inference_mode()
 def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> None:
     state = two_rows()
-    rule, begun = CostAware(CALIBRATION, draft_cost=0.3, node_cost=0.1), []
+    rule, begun = CostAware(CALIBRATION, DraftCosts(token=0.4), longest=6), []
     for _ in range(40):
         goes = rule.begin(state).tolist()
         begun.append(goes[0])
@@ -112,7 +120,7 @@ def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> 
 
 def test_chains_without_hope_are_not_drafted_and_say_why() -> None:
     model = target("llama")
-    rule = CostAware(CALIBRATION, draft_cost=2.0, node_cost=0.0)
+    rule = CostAware(CALIBRATION, DraftCosts(token=2), longest=6)
     drafter = Kangaroo(model, make_adapter(model), EXIT, ChainConfig(), rule)
     state = start(model, drafter, requests(PROMPTS, GREEDY, 6))
     with torch.inference_mode():
@@ -127,7 +135,7 @@ def test_dearer_drafts_are_shorter() -> None:
     model = target("llama")
 
     def drafted(cost: float) -> int:
-        rule = CostAware(CALIBRATION, draft_cost=cost, node_cost=0.01)
+        rule = CostAware(CALIBRATION, DraftCosts(token=cost + 0.01), longest=6)
         drafter = Kangaroo(model, make_adapter(model), EXIT, ChainConfig(), rule)
         return sum(map(sum, generate(model, drafter, requests(PROMPTS, GREEDY, 40)).drafted))
 

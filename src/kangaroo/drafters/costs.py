@@ -35,8 +35,14 @@ class Costs:
 
     @property
     def node_share(self) -> float:
-        """Cost of verifying one more node as a share of a full step."""
-        return max(0.0, (self.verify[max(self.verify)] - self.verify[1]) / (max(self.verify) - 1) / self.full_step)
+        """Cost of verifying one more node, beyond the second, as a share of a full step."""
+        most = max(self.verify)
+        return max(0.0, (self.verify[most] - self.verify[2]) / (most - 2) / self.full_step)
+
+    @property
+    def start_share(self) -> float:
+        """What a second node costs beyond that: a product with one vector becomes one with a matrix."""
+        return max(0.0, (self.verify[2] - self.verify[1]) / self.full_step - self.node_share)
 
     def bound(self, drafts: Sequence[int], emitted: int) -> float:
         """The speed-up that rounds with these draft lengths, emitting this many tokens, would have at these costs."""

@@ -19,13 +19,14 @@ from kangaroo.drafters.costs import measure_costs
 from kangaroo.drafters.self_chain import SelfChain
 from kangaroo.drafters.self_draft import SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
-from kangaroo.drafters.stopping import CostAware, Stopping, Threshold
+from kangaroo.drafters.stopping import CostAware, DraftCosts, Stopping, Threshold
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft
 
 Stop = Literal["threshold", "auto"]
+COSTS = ("draft_cost", "node_cost", "start_cost")
 LONGEST, MEASURED = 10, 12
 """Tokens that "auto" drafts at most unless told otherwise; repeats of the measurement of its costs."""
 
@@ -44,11 +45,14 @@ class ChainConfig:
     """For "auto": cost of drafting a token, in plain steps; None measures it when the drafter is made."""
     node_cost: float | None = None
     """For "auto": cost of verifying one more token; likewise."""
+    start_cost: float | None = None
+    """For "auto": what a round that drafts costs beyond its tokens; likewise."""
 
     def __post_init__(self) -> None:
         if self.stop not in get_args(Stop):
             raise ConfigError(f"stop must be one of {', '.join(get_args(Stop))}, got {self.stop!r}")
-        for name, cost in (("draft_cost", self.draft_cost), ("node_cost", self.node_cost)):
+        for name in COSTS:
+            cost = getattr(self, name)
             if cost is not None and not 0 <= cost < math.inf:
                 raise ConfigError(f"{name} is a cost in plain steps, at least 0, got {cost}")
         if self.max_draft < 1:
@@ -97,8 +101,10 @@ def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Ka
     if not auto:
         return lambda: Kangaroo(target, adapter, exit_layer, config)
     calibration = Calibration.load(Path(settings["adapter"]))
-    draft_cost, node_cost = _costs(SelfDraft(target, adapter, exit_layer), config)
-    return lambda: Kangaroo(target, adapter, exit_layer, config, CostAware(calibration, draft_cost, node_cost))
+    costs = _costs(SelfDraft(target, adapter, exit_layer), config)
+    return lambda: Kangaroo(
+        target, adapter, exit_layer, config, CostAware(calibration, costs, longest=config.max_draft)
+    )
 
 
 def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
@@ -110,10 +116,11 @@ def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Call
     return lambda: Kangaroo(target, None, exit_layer, config)
 
 
-def _costs(model: SelfDraft, config: ChainConfig) -> tuple[float, float]:
-    """(draft_cost, node_cost) as configured, or measured."""
-    if config.draft_cost is not None and config.node_cost is not None:
-        return config.draft_cost, config.node_cost
-    costs = measure_costs(model.target, model, repeats=MEASURED)
-    draft_cost = costs.draft_share if config.draft_cost is None else config.draft_cost
-    return draft_cost, costs.node_share if config.node_cost is None else config.node_cost
+def _costs(model: SelfDraft, config: ChainConfig) -> DraftCosts:
+    """As configured, or measured."""
+    given = {name: getattr(config, name) for name in COSTS}
+    if None in given.values():
+        measured = measure_costs(model.target, model, repeats=MEASURED)
+        shares = dict(zip(COSTS, (measured.draft_share, measured.node_share, measured.start_share), strict=True))
+        given = {name: shares[name] if cost is None else cost for name, cost in given.items()}
+    return DraftCosts(token=given["draft_cost"] + given["node_cost"], start=given["start_cost"])

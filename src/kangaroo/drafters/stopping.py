@@ -7,7 +7,8 @@ drafted while
 
 costs in plain steps: what the token is expected to bring must exceed what its time would bring otherwise. The chances
 are calibrated confidences, scaled by how such chances have come true in the row, and before the first token what became
-of the row's first tokens; nothing at all may be drafted. Everything is counted row by row.
+of the row's first tokens. From one token to two a pass costs more than from two to three: nothing is drafted where the
+best draft is not expected to make up for that. Everything is counted row by row.
 """
 
 import math
@@ -60,21 +61,44 @@ class Threshold:
         """Nothing to learn."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """What drafting adds to a plain step, in plain steps."""
+
+    token: float
+    """For every token drafted and verified."""
+    start: float = 0.0
+    """For a draft at all."""
+
+    def round(self, drafted: int) -> float:
+        """Cost of a round in which so many tokens were drafted."""
+        return 1 + (self.start + drafted * self.token if drafted else 0)
+
+
 class CostAware:
     """Stop where the next token would not pay."""
 
-    def __init__(self, calibration: Calibration, draft_cost: float, node_cost: float):
-        """Costs of drafting a token and of verifying one more, in plain steps."""
-        self._calibration, self._token_cost = calibration, draft_cost + node_cost
+    def __init__(self, calibration: Calibration, costs: DraftCosts, longest: int):
+        """`longest` is the most tokens that a draft may have."""
+        self._calibration, self._costs, self._longest = calibration, costs, longest
         self._rows: list[_Row] = []
 
     def begin(self, state: State) -> Tensor:
         """If the row's first tokens have been right often enough."""
-        prior, rows = self._calibration.after_right, self._known(state)
+        rows = self._known(state)
         for row in rows:
             row.chances = []
-        pays = [row.first(prior) > self._token_cost * row.rate for row in rows]
-        return torch.tensor(pays, device=state.lengths.device)
+        return torch.tensor([self._gain(row) > 0 for row in rows], device=state.lengths.device)
+
+    def _gain(self, row: "_Row") -> float:
+        """What the best draft is expected to bring more than its time would bring otherwise, in tokens."""
+        prior, price = self._calibration.after_right, self._costs.token * row.rate
+        gain, chance = -self._costs.start * row.rate, row.first(prior)
+        for _ in range(self._longest):
+            if chance <= price:
+                break
+            gain, chance = gain + chance - price, chance * prior * row.scale
+        return gain
 
     def go_on(self, logits: Tensor) -> Tensor:
         """If the whole draft and one more are still likely enough."""
@@ -83,7 +107,7 @@ class CostAware:
         for row, confidence in zip(self._rows, confidences, strict=True):
             row.chances.append(self._calibration.chance(confidence))
             scaled = [chance * row.scale for chance in (*row.chances, self._calibration.after_right)]
-            pays.append(math.prod(scaled) > self._token_cost * row.rate)
+            pays.append(math.prod(scaled) > self._costs.token * row.rate)
         return torch.tensor(pays, device=logits.device)
 
     def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
@@ -97,7 +121,7 @@ class CostAware:
         counts = zip(rows, committed.count.tolist(), drafted.tolist(), strict=True)
         for row, emitted, proposed in counts:
             if emitted:
-                row.learn(emitted, proposed, self._token_cost)
+                row.learn(emitted, proposed, self._costs.round(proposed))
 
     def _known(self, state: State) -> "list[_Row]":
         if not self._rows:
@@ -134,10 +158,10 @@ class _Row:
         """The chance of a first token."""
         return (self.hits + PRIOR * prior) / (self.tries + PRIOR)
 
-    def learn(self, emitted: int, drafted: int, token_cost: float) -> None:
+    def learn(self, emitted: int, drafted: int, cost: float) -> None:
         """A round is over."""
         self.emitted += emitted
-        self.cost += 1 + drafted * token_cost
+        self.cost += cost
         self.accepted += emitted - 1
         # The first token refused has been decided as well; what came after it was never asked.
         self.foretold += sum(self.chances[: min(emitted, drafted)])
