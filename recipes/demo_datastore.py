@@ -3,7 +3,7 @@
     python recipes/demo_datastore.py --data chat_open.jsonl.gz --output runs/demo.rest
 
 The text is the target's own, greedy: what drafts should foretell. None of the answers in the data is in it.
-The prompts are those of the demo adapter's training documents: none of the evaluation prompts is among them.
+The prompts are those of the Medusa heads' training documents: none of the evaluation prompts is among them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    recipe = read_recipe(Path("recipes/demo-adapter.toml"))
+    recipe = read_recipe(Path("recipes/demo-medusa.toml"))
     decoder = load("demo", drafter="none")
     documents, _ = choose_documents([options.data], recipe.data, recipe.seed)
     asked = prompts(documents[: 2 * ANSWERS], decoder.tokenizer.wrapped, recipe.seed)
