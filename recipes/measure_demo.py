@@ -1,7 +1,6 @@
-"""Measure the demo model: every figure in the README and in docs/log.md comes from a record that this script wrote.
+"""Measure the demo model on held-out prompts, and the loss of its target on held-out documents.
 
-    python recipes/measure_demo.py tune --output results/demo-tune.json       # development prompts, to choose settings
-    python recipes/measure_demo.py held-out --output results/demo-cpu.json    # held-out prompts, to report
+    python recipes/measure_demo.py held-out --output results/demo-cpu.json
     python recipes/measure_demo.py loss --data chat_open.jsonl.gz --output results/demo-loss.json
 
 Speeds are ratios of interleaved runs in one process. Run it on an otherwise idle machine.
@@ -19,7 +18,7 @@ import torch
 import kangaroo
 from kangaroo.bench.compare import Comparison, compare, without_end
 from kangaroo.bench.cost import decoder_costs
-from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.bench.prompts import read_prompts
 from kangaroo.decoder import Decoder
 from kangaroo.environment import surroundings
 from kangaroo.files import write_json
@@ -58,18 +57,6 @@ def run(decoder: Decoder, prompts: list[Any], temperature: float) -> Comparison:
     """Compare a decoder with plain decoding, ends of answers barred."""
     sampling = without_end(Sampling(temperature=temperature, seed=1), decoder.eos)
     return compare(decoder.plain(), decoder, prompts, max_tokens=TOKENS, sampling=sampling)
-
-
-def tune() -> dict[str, Any]:
-    """The threshold x length grid, on development prompts only."""
-    prompts = [p.messages for p in interleave_kinds(read_prompts(split="development"))[:12]]
-    grid = {}
-    for max_draft, threshold in ((4, 0.2), (4, 0.3), (6, 0.1), (6, 0.2), (6, 0.3)):
-        decoder = kangaroo.load("demo", max_draft=max_draft, threshold=threshold)
-        cell = f"gamma={max_draft} eta={threshold}"
-        grid[cell] = show(figures(run(decoder, prompts, 0.0)), cell)
-    grid["auto"] = show(figures(run(kangaroo.load("demo", stop="auto"), prompts, 0.0)), "auto")
-    return grid
 
 
 def held_out() -> dict[str, Any]:
@@ -156,14 +143,14 @@ def show(facts: dict[str, Any], label: str) -> dict[str, Any]:
 def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "held-out", "loss"))
+    parser.add_argument("what", choices=("held-out", "loss"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="chat data, for `loss`")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     began = surroundings() | {"when": time.strftime("%Y-%m-%d")}
-    found = loss(options.data) if options.what == "loss" else tune() if options.what == "tune" else held_out()
+    found = loss(options.data) if options.what == "loss" else held_out()
     record = {"what": options.what, **began, "figures": found}
     write_json(options.output, record)
 
