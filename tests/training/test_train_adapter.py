@@ -183,7 +183,7 @@ def test_starts_from_exactly_the_weights_of_a_folder(make_lesson: MakeLesson, dt
 
 
 def test_starts_from_the_demo_adapter(make_lesson: MakeLesson) -> None:
-    shipped = {"target": "demo", "adapter__exit_layer": 3, "adapter__variant": "full-layer", "adapter__init": "demo"}
+    shipped = {"target": "demo", "adapter__exit_layer": 1, "adapter__variant": "full-layer", "adapter__init": "demo"}
     recipe = make_lesson().settings(**shipped)
     adapter = new_adapter(load_target(recipe)[0], recipe)
     expected = weights(demo.ADAPTER)
