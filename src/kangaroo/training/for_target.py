@@ -8,9 +8,9 @@ from torch import Tensor
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import DraftModel, HeldOut
-from kangaroo.training.positions import place_documents
 from kangaroo.training.recipe import FrozenTargetRecipe
 from kangaroo.training.states import States
+from kangaroo.tree import Placement
 
 
 class ForTarget(DraftModel):
@@ -35,12 +35,12 @@ class ForTarget(DraftModel):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
 
     @torch.no_grad()
-    def run_target(self, batch: Batch, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Tensor]:
+    def run_target(self, batch: Batch, where: Placement, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Tensor]:
         """(states after `exit_layer` layers [B, T, D], states before the final norm at marked positions [M, D]).
 
         With kept states, layers from the exit on are run only for rows that have none.
         """
-        x, where = self.target.embed(batch.tokens), place_documents(batch)
+        x = self.target.embed(batch.tokens)
         if self.kept is None:
             final, taps = self.target.run(x, where, None, taps=(exit_layer,))
             return taps[exit_layer], final[mask]

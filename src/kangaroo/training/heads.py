@@ -15,7 +15,7 @@ from kangaroo.training.evaluation import HeldOut, Judgement, Sums
 from kangaroo.training.for_target import ForTarget
 from kangaroo.training.objective import Loss
 from kangaroo.training.pieces import LOGITS_AT_ONCE, sum_in_pieces
-from kangaroo.training.positions import learnt_positions
+from kangaroo.training.positions import learnt_positions, place_documents
 from kangaroo.training.recipe import MedusaRecipe
 from kangaroo.training.simulate import parallel_rounds
 
@@ -72,7 +72,7 @@ class LaterTokens(ForTarget):
     def states(self, batch: Batch, mask: Tensor) -> Tensor:
         """The target's states after the final norm at the marked positions, [M, D] in float32."""
         with torch.no_grad():
-            return self.target.norm(self.run_target(batch, mask)[1]).float()
+            return self.target.norm(self.run_target(batch, place_documents(batch), mask)[1]).float()
 
     def _compare(self, batch: Batch, wanted: Tensor) -> tuple[Tensor, ...]:
         """Sums over the batch: losses [H] in nats, right predictions [H], tokens confirmed []."""

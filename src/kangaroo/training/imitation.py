@@ -95,8 +95,9 @@ class Imitation(ForTarget):
 
     def _states(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(adapter states, target states before the final norm) at the marked positions, [M, D] each."""
-        exits, final = self.run_target(batch, mask, self.adapter.config.exit_layer)
-        return self.adapter(exits.float(), place_documents(batch))[mask], final
+        where = place_documents(batch)
+        exits, final = self.run_target(batch, where, mask, self.adapter.config.exit_layer)
+        return self.adapter(exits.float(), where)[mask], final
 
     def compare(self, draft: Tensor, final: Tensor) -> Comparison:
         """Compare q and p at positions given by adapter states and target states [M, D]."""
