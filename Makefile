@@ -40,7 +40,7 @@ report: $(STAMP) ## renew tables, plots and page of every run under results/
 		[ -f "$$(dirname "$$run")/sweep.json" ] || $(BIN)/kangaroo report "$$run" $(ARGS) || exit 1; \
 	done
 
-fmt: $(STAMP) ## format the code, repair what can be repaired, renew the README's tree
+fmt: $(STAMP) ## format the code, repair what can be repaired, renew the list of modules
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python tests/test_docs.py

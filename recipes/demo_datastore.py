@@ -10,14 +10,13 @@ import argparse
 from pathlib import Path
 
 from kangaroo import Sampling, demo
-from kangaroo.datastore import build_datastore
 from kangaroo.decoder import load
 from kangaroo.documents import Document
+from kangaroo.drafters.copying.datastore import build_datastore
 from kangaroo.state import Request
-from kangaroo.training.answers import Writer
-from kangaroo.training.corpus import prompts
-from kangaroo.training.data import choose_documents
-from kangaroo.training.reading import read_recipe
+from kangaroo.training.corpus import choose_documents, prompts
+from kangaroo.training.recipe import read_recipe
+from kangaroo.training.target_text import Writer
 
 ANSWERS, TOKENS, BATCH = 1200, 64, 16
 

@@ -17,8 +17,8 @@ from kangaroo import demo
 from kangaroo.documents import Document, read_documents
 from kangaroo.files import write_text
 from kangaroo.loading import load_tokenizer
-from kangaroo.training.data import choose_documents
-from kangaroo.training.reading import read_recipe
+from kangaroo.training.corpus import choose_documents
+from kangaroo.training.recipe import read_recipe
 
 SHORT, MEETINGS, BOOKS = 4800, 400, 800
 SHORTEST, LONGEST = 200, 860

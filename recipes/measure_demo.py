@@ -18,13 +18,13 @@ import torch
 import kangaroo
 from kangaroo.bench.compare import Comparison, compare, without_end
 from kangaroo.bench.cost import decoder_costs
-from kangaroo.bench.prompts import read_prompts
+from kangaroo.bench.questions import read_prompts
 from kangaroo.decoder import Decoder
-from kangaroo.environment import surroundings
 from kangaroo.files import write_json
+from kangaroo.machine import surroundings
 from kangaroo.sampling import Sampling
-from kangaroo.training.data import choose_documents
-from kangaroo.training.reading import read_recipe
+from kangaroo.training.corpus import choose_documents
+from kangaroo.training.recipe import read_recipe
 from kangaroo.tree import sequence
 
 TOKENS = 64

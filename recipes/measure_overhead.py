@@ -19,11 +19,11 @@ import torch
 import kangaroo
 from kangaroo.bench.compare import without_end
 from kangaroo.bench.drafted import Drafted
-from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
-from kangaroo.environment import surroundings
 from kangaroo.files import write_json
+from kangaroo.machine import surroundings
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
 

@@ -20,13 +20,13 @@ import torch
 import kangaroo
 from kangaroo.bench.compare import without_end
 from kangaroo.bench.drafted import Drafted
-from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.ngrams import NgramIndex
+from kangaroo.drafters.copying.ngrams import NgramIndex
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.environment import surroundings
 from kangaroo.files import write_json
+from kangaroo.machine import surroundings
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.model import Target
-from kangaroo.training.tokenizer import train_tokenizer
+from kangaroo.training.target import train_tokenizer
 
 SENTENCES = [
     "Where would you like to eat tonight?",

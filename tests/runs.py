@@ -8,25 +8,25 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from kangaroo.calibration import Calibration
-from kangaroo.datastore import Datastore
-from kangaroo.decode import decode, generate_ids, start
+from kangaroo.decode import collect, decode, start
 from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.copying.datastore import Datastore
+from kangaroo.drafters.copying.llma import LLMA, LLMAConfig
+from kangaroo.drafters.copying.prompt_lookup import LookupConfig, PromptLookup
+from kangaroo.drafters.copying.rest import Rest, RestConfig
+from kangaroo.drafters.copying.suffixes import SuffixArray, join, load_sorter
 from kangaroo.drafters.draft_model import DraftModel, DraftModelConfig
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.kangaroo_lookup import KangarooLookup, KangarooLookupConfig
-from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
-from kangaroo.drafters.llma import LLMA, LLMAConfig
-from kangaroo.drafters.medusa import Medusa, MedusaChainConfig, MedusaTree, MedusaTreeConfig
+from kangaroo.drafters.kangaroo.calibration import Calibration
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.lookup import KangarooLookup, KangarooLookupConfig
+from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
+from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
+from kangaroo.drafters.medusa.drafter import Medusa, MedusaChainConfig, MedusaTree, MedusaTreeConfig
+from kangaroo.drafters.medusa.heads import MedusaConfig, MedusaHeads
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
-from kangaroo.drafters.rest import Rest, RestConfig
-from kangaroo.drafters.stopping import CostAware, DraftCosts
-from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
-from kangaroo.suffixes import SuffixArray, join, load_sorter
 from kangaroo.tree import sequence
 from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
 from tiny import EXIT, VOCAB, make_adapter, make_draft_model
@@ -109,6 +109,20 @@ def generate(
 ) -> Run:
     """Start and decode to the end."""
     return drive(target, drafter, start(target, drafter, work, eos=eos, rule=rule))
+
+
+def generate_ids(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    eos: Sequence[int] = (),
+) -> list[list[int]]:
+    """The tokens that each prompt is continued with."""
+    state = start(target, drafter, requests(prompts, sampling, max_tokens), eos=eos)
+    return collect(decode(target, drafter, state), len(prompts))
 
 
 @cache

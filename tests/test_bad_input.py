@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import kangaroo.model
-from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.decode import start
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import AdapterError, CapacityError, ConfigError, DataError, KangarooError, ModelError
 from kangaroo.model import Target

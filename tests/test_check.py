@@ -6,11 +6,11 @@ import torch
 
 import kangaroo
 from chat_model import save_chat_model
-from kangaroo.bench.check import CheckReport, check, expect, find_difference
+from kangaroo.bench.check import CheckReport, check, expect, find_divergence
 from kangaroo.bench.compare import compare, without_end
-from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder
-from kangaroo.drafters.costs import Costs
+from kangaroo.drafters.kangaroo.costs import Costs
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.sampling import Sampling
 from kangaroo.state import State
@@ -61,7 +61,7 @@ def test_examining_a_sampled_draw_repeats_it(tmp_path: Path) -> None:
     sampling = Sampling(temperature=0.8, seed=1)
     prompt = decoder.tokenizer.encode("I need")
     tokens = decoder.generate(["I need"], max_tokens=6, sampling=sampling)[0].tokens
-    found = find_difference(decoder, prompt, tokens, tokens[:4], sampling)
+    found = find_divergence(decoder, prompt, tokens, tokens[:4], sampling)
     assert (found.position, found.expected, found.got, found.float64) == (4, tokens[4], -1, tokens[4])
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from chat_model import save_chat_model
 from kangaroo.decode import start, step
 from kangaroo.decoder import load
-from kangaroo.drafters.kangaroo_lookup import KangarooLookup, KangarooLookupConfig, Odds
-from kangaroo.drafters.llma import BREAK, LLMA, LLMAConfig, new_index
-from kangaroo.drafters.ngrams import NgramIndex
-from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
+from kangaroo.drafters.copying.llma import BREAK, LLMA, LLMAConfig, new_index
+from kangaroo.drafters.copying.ngrams import NgramIndex
+from kangaroo.drafters.copying.prompt_lookup import LookupConfig, PromptLookup
+from kangaroo.drafters.kangaroo.lookup import KangarooLookup, KangarooLookupConfig, Odds
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request

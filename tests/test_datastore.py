@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import kangaroo.datastore
+import kangaroo.drafters.copying.datastore as datastore_file
 from chat_model import SENTENCES, save_chat_model
 from command import invoke
-from kangaroo.datastore import KIND, Datastore, Stage, build_datastore
 from kangaroo.documents import Document, read_as_model
+from kangaroo.drafters.copying.datastore import KIND, Datastore, Stage, build_datastore
+from kangaroo.drafters.copying.suffixes import bytes_to_sort, id_bytes
 from kangaroo.errors import CapacityError, ConfigError, DataError, KangarooError
 from kangaroo.loading import load_tokenizer
-from kangaroo.suffixes import bytes_to_sort, id_bytes
-from kangaroo.training.tokenizer import train_tokenizer
+from kangaroo.training.target import train_tokenizer
 from runs import index
 
 Documents = list[list[int]]
@@ -173,7 +173,7 @@ def test_an_open_datastore_is_mapped_not_read(path: Path, tokenizer: Any) -> Non
 
 
 def test_building_says_what_it_is_doing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kangaroo.datastore, "_CHUNK", 4)
+    monkeypatch.setattr(datastore_file, "_CHUNK", 4)
     seen: list[tuple[Stage, int]] = []
     build_datastore(iter(DOCUMENTS), tokenizer, tmp_path / "new" / "x", lambda stage, done: seen.append((stage, done)))
     assert seen == [("tokenise", 4), ("tokenise", 4), ("tokenise", 2), ("sort", 0), ("write", 0)]
@@ -211,7 +211,7 @@ def test_a_file_that_is_cut_short_anywhere(path: Path, tokenizer: Any) -> None:
 
 
 def test_a_newer_version(path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kangaroo.datastore, "VERSION", 0)
+    monkeypatch.setattr(datastore_file, "VERSION", 0)
     message = refusal(DataError, lambda: Datastore.open(path, tokenizer, 1000))
     assert "version 1" in message
     assert "newer" in message
@@ -256,11 +256,11 @@ def test_no_file_appears_when_building_fails(
         patch.setattr(tokenizer, "chat_template", None)
         assert "no chat template" in refusal(DataError, build)
     with monkeypatch.context() as patch:
-        patch.setattr(kangaroo.datastore, "available_bytes", lambda device: 100)
+        patch.setattr(datastore_file, "available_bytes", lambda device: 100)
         message = refusal(CapacityError, build)
         assert "100 B are free" in message
     with monkeypatch.context() as patch:
-        patch.setattr(kangaroo.datastore, "save_file", full_disk)
+        patch.setattr(datastore_file, "save_file", full_disk)
         with pytest.raises(OSError, match="No space left"):
             build()
     with monkeypatch.context() as patch:

@@ -7,10 +7,10 @@ import torch
 
 from kangaroo.decode import decode, prefill, start, step
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.chain import top_probability
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.drafters.stopping import top_probability
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, Request, State

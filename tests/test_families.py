@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kangaroo.adapter import Adapter
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.kangaroo.adapter import Adapter
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.errors import ModelError
 from kangaroo.model import FAMILIES, Target
 from kangaroo.tree import place, place_chain, sequence

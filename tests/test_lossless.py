@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from kangaroo.decode import generate_ids, prefill, start, step
+from kangaroo.decode import collect, decode, prefill, start, step
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -247,10 +247,11 @@ def test_a_row_finished_from_outside_is_frozen_and_the_others_go_on(drafter: str
     assert kept == want[1][: len(kept)]
 
 
-def test_generate_ids_is_the_loop_in_one_call() -> None:
+def test_rounds_are_collected_into_texts() -> None:
     model, eos = target("llama"), (expect("llama", PROMPTS, GREEDY)[0][3],)
     drafter: Drafter = NoDrafter()
-    got = generate_ids(model, drafter, PROMPTS, GREEDY, max_tokens=TOKENS, eos=eos)
+    state = start(model, drafter, requests(PROMPTS, GREEDY, TOKENS), eos=eos)
+    got = collect(decode(model, drafter, state), len(PROMPTS))
     assert got == expect("llama", PROMPTS, GREEDY, eos=eos)
 
 

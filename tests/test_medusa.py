@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from kangaroo.adapter import Adapter, AdapterConfig, Variant
+from kangaroo.bench.report.projection.parameters import TargetShape, adapter_parameters, medusa_parameters
 from kangaroo.decode import prefill, start, step
 from kangaroo.drafters import DRAFTERS as TABLE
-from kangaroo.drafters.medusa import Medusa, MedusaChainConfig, MedusaTree, MedusaTreeConfig, grow
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig, Variant
+from kangaroo.drafters.medusa.drafter import Medusa, MedusaChainConfig, MedusaTree, MedusaTreeConfig, grow
+from kangaroo.drafters.medusa.heads import MedusaConfig, MedusaHeads
 from kangaroo.errors import AdapterError, ConfigError
-from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import FAMILIES, Target
-from kangaroo.parameters import TargetShape, adapter_parameters, medusa_parameters
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
 from kangaroo.tree import Stop, chain, sequence

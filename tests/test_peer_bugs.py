@@ -18,9 +18,9 @@ from kangaroo.bench.check import check, expect
 from kangaroo.decode import start
 from kangaroo.decoder import Decoder, Stats, load
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.copying.prompt_lookup import LookupConfig, PromptLookup
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.drafters.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.state import State
 from kangaroo.tree import Draft, Verdict

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kangaroo.datastore import Datastore
 from kangaroo.decode import decode, start
-from kangaroo.drafters.rest import Rest, RestConfig, Trie, build, merge
+from kangaroo.drafters.copying.datastore import Datastore
+from kangaroo.drafters.copying.rest import Rest, RestConfig, Trie, build, merge
 from kangaroo.errors import ConfigError
 from kangaroo.state import State
 from kangaroo.tree import Draft, Stop

@@ -17,12 +17,12 @@ import kangaroo.drafters.chain as chain_drafter
 from distributions import BROKEN, CHANCE, SMALL, misfit, sample, small_target
 from kangaroo.accept import clip, reject
 from kangaroo.cache import KVCache
-from kangaroo.datastore import Datastore
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.kangaroo_tree import KangarooTree, TreeConfig
+from kangaroo.drafters.copying.datastore import Datastore
+from kangaroo.drafters.copying.rest import Rest, RestConfig
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.drafters.rest import Rest, RestConfig
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Prefix, Sampler, Sampling, Stream, gumbel
 from kangaroo.state import Request, State

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chat_model import save_chat_model
-from kangaroo.calibration import Calibration, calibrate
 from kangaroo.decode import start
 from kangaroo.decoder import load
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
-from kangaroo.drafters.stopping import CostAware, DraftCosts, Threshold
+from kangaroo.drafters.chain import Threshold
+from kangaroo.drafters.kangaroo.calibration import Calibration, calibrate
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
 from kangaroo.errors import AdapterError, ConfigError
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, State

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from chat_model import SENTENCES
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.text import TextStream, Tokenizer
-from kangaroo.training.tokenizer import train_tokenizer
+from kangaroo.training.target import train_tokenizer
 
 TOKENIZER = Tokenizer(train_tokenizer(SENTENCES, vocab_size=300, context=256))
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.model import Target
 
 VOCAB, WIDTH, LAYERS, EXIT, WINDOW = 97, 32, 5, 2, 5

@@ -1,10 +1,10 @@
 """Kangaroo: the same text from the same model, faster."""
 
-from kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.decode import Round, decode, start
 from kangaroo.decoder import Completion, Decoder, Piece, Stats, load
 from kangaroo.drafters import DRAFTERS
 from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.errors import KangarooError
 from kangaroo.hf import custom_generate
 from kangaroo.model import Target

@@ -1,6 +1,6 @@
 """The loop: draft, verify, accept, commit. Every drafter, chain or tree, greedy or sampled, runs through it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from kangaroo.accept import RULES, clip
 from kangaroo.drafters.base import Drafter
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.model import Target
-from kangaroo.sampling import Sampler, Sampling
+from kangaroo.sampling import Sampler
 from kangaroo.state import Request, State
 from kangaroo.tree import Draft, Placement, Stop, Verdict, place, place_at, place_chain
 
@@ -126,19 +126,10 @@ def _summary(draft: Draft, verdict: Verdict, before: Tensor, state: State) -> Ro
     return Round(emitted, drafted, draft.stops)
 
 
-def generate_ids(
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    max_tokens: int,
-    eos: Sequence[int] = (),
-) -> list[list[int]]:
-    """The tokens each prompt is continued with, an end-of-sequence token included."""
-    state = start(target, drafter, [Request(p, sampling, max_tokens) for p in prompts], eos=eos)
-    texts: list[list[int]] = [[] for _ in prompts]
-    for done in decode(target, drafter, state):
+def collect(rounds: Iterable[Round], rows: int) -> list[list[int]]:
+    """The tokens that each row emits in all the rounds, an end-of-sequence token included."""
+    texts: list[list[int]] = [[] for _ in range(rows)]
+    for done in rounds:
         for text, emitted in zip(texts, done.emitted, strict=True):
             text.extend(emitted)
     return texts

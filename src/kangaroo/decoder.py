@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kangaroo import demo
-from kangaroo.clock import synchronise
 from kangaroo.decode import Round, decode, start
 from kangaroo.drafters import FILES, MakeDrafter, find_drafter
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import DataError
 from kangaroo.loading import end_tokens, load_model, load_tokenizer
+from kangaroo.machine import synchronise
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kangaroo.decode import decode, start
+from kangaroo.decode import collect, decode, start
 from kangaroo.drafters import MakeDrafter, find_drafter
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
@@ -63,10 +63,7 @@ def custom_generate(
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         engine = make_drafter()
         state = start(target, engine, requests, eos=eos)
-        texts: list[list[int]] = [[] for _ in requests]
-        for done in decode(target, engine, state):
-            for text, emitted in zip(texts, done.emitted, strict=True):
-                text.extend(emitted)
+        texts = collect(decode(target, engine, state), len(requests))
         return _joined(input_ids, texts, generation_config.pad_token_id)
 
     return generate

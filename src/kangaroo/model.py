@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.fingerprint import fingerprint
-from kangaroo.memory import available_bytes, human_bytes
+from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.tree import Placement, place_chain, sequence
 
 # Families whose layers are driven exactly by one loop (embedding, layers, final norm, head). Others must prove it.
@@ -218,11 +218,11 @@ class Target:
     def _layer_inputs(self, kind: str, where: Placement, x: Tensor) -> dict[str, Any]:
         key = (kind, x.dtype)
         if key not in where.derived:
-            where.derived[key] = (self._blocked(kind, where, x.dtype), *self._rotate(kind, where, x))
+            where.derived[key] = (self._attention_mask(kind, where, x.dtype), *self._rotate(kind, where, x))
         blocked, cos, sin = where.derived[key]
         return {"attention_mask": blocked, "position_ids": where.positions, "position_embeddings": (cos, sin)}
 
-    def _blocked(self, kind: str, where: Placement, dtype: torch.dtype) -> Tensor:
+    def _attention_mask(self, kind: str, where: Placement, dtype: torch.dtype) -> Tensor:
         """The additive attention mask [B, 1, N, S]."""
         visible = where.mask
         if kind == SLIDING:

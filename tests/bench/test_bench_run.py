@@ -16,8 +16,8 @@ from command import invoke
 from kangaroo import drafters
 from kangaroo.bench import run
 from kangaroo.bench.answers import write_answers
+from kangaroo.bench.cost import method_costs
 from kangaroo.bench.records import BASELINE, RECORDS, read_records
-from kangaroo.bench.report.bound import method_costs
 from kangaroo.bench.report.counting import read_answers
 from kangaroo.bench.report.results import read_run
 from kangaroo.bench.run import run_bench

@@ -11,11 +11,11 @@ from little_experiments import EXPERIMENT, make_lab
 from made_up import PROVENANCE, SPEC_BENCH, make_run, save_run
 
 from command import invoke
+from kangaroo.bench.published import EXPERIMENTS
 from kangaroo.bench.recipe import read_bench_recipe
 from kangaroo.bench.report.experiment import Experiment
-from kangaroo.bench.report.experiment_table import experiment_table
+from kangaroo.bench.report.experiment_plot import experiment_table
 from kangaroo.bench.report.folders import read_folders
-from kangaroo.bench.report.published import EXPERIMENTS
 from kangaroo.errors import ConfigError, DataError
 
 ABOUT = {"title": "What if?", "axis": "eta", "note": "It depends."}

@@ -18,21 +18,20 @@ from command import invoke
 from kangaroo import demo
 from kangaroo.bench import run
 from kangaroo.bench.formats import read_questions
-from kangaroo.bench.lengthen import bring_to, material_for
 from kangaroo.bench.provenance import digest
 from kangaroo.bench.questions import Question
 from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
 from kangaroo.bench.records import BASELINE, RECORDS, read_records
 from kangaroo.bench.report.results import read_run
-from kangaroo.bench.run import Report, run_bench
-from kangaroo.bench.sweep import read_sweep, run_sweep
+from kangaroo.bench.run import BenchReport, read_sweep, run_bench, run_sweep
+from kangaroo.bench.shorten import bring_to, material_for
 from kangaroo.bench.trained import Training, train_methods
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.text import Tokenizer
 from kangaroo.toml import read_table
-from kangaroo.training.beside import train_beside
-from kangaroo.training.reading import read_recipe
+from kangaroo.training.recipe import read_recipe
 from kangaroo.training.report import Update
+from kangaroo.training.run import train_beside
 
 FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it has forked")
 
@@ -47,7 +46,7 @@ def train(training: Training, report: Callable[[Any], None] = lambda _: None) ->
 
 
 @contextmanager
-def unwatched(name: str) -> Iterator[Report]:
+def unwatched(name: str) -> Iterator[BenchReport]:
     yield lambda done, total: None
 
 
@@ -238,7 +237,7 @@ def test_a_sweep_is_one_run_per_value(sweep: BenchRecipe, recipe: MakeRecipe, mo
 @FORK
 def test_a_sweep_that_was_killed_goes_on(sweep: BenchRecipe, recipe: MakeRecipe) -> None:
     @contextmanager
-    def deadly(name: str) -> Iterator[Report]:
+    def deadly(name: str) -> Iterator[BenchReport]:
         def report(done: int, total: int) -> None:
             if name == "max_tokens = 5" and done == 1:
                 os.kill(os.getpid(), signal.SIGKILL)

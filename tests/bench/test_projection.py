@@ -11,19 +11,20 @@ from made_up import record, turn
 from transformers import AutoConfig
 
 from kangaroo import demo
+from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.records import Record, read_records
-from kangaroo.bench.report.bound import MethodCosts, bounds
+from kangaroo.bench.report.bound import bounds
 from kangaroo.bench.report.grid import OVERALL
 from kangaroo.bench.report.projection import project
 from kangaroo.bench.report.projection.fitted import fit_hardware
 from kangaroo.bench.report.projection.known import A100, BLOOM_176B, LLAMA_2_70B, RTX_4090, VICUNA_7B, VICUNA_13B
+from kangaroo.bench.report.projection.parameters import TargetShape
 from kangaroo.bench.report.projection.passes import Hardware, Pieces, make_pieces
 from kangaroo.bench.report.projection.shapes import Kernels, Shape, shape_of
 from kangaroo.bench.report.projection.table import beside_published, projected_speedups, with_devices
 from kangaroo.bench.report.projection.trace import Trace
 from kangaroo.bench.report.results import Run, read_run
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.parameters import TargetShape
 
 MEASURED = Path(__file__).parents[2] / "results" / "demo-drafters"
 SIZES = TargetShape(width=2, vocab_size=10, heads=1, key_value_heads=1, head_dim=2, mlp_width=3)

@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 
 from kangaroo import demo
-from kangaroo.bench.fetch import fetch
-from kangaroo.bench.formats import read_questions
-from kangaroo.bench.formats.spec_bench import CATEGORIES, MT_BENCH
-from kangaroo.bench.prompts import read_prompts
-from kangaroo.bench.questions import Question, in_running_order
+from kangaroo.bench.formats import CATEGORIES, MT_BENCH, fetch, read_questions
+from kangaroo.bench.questions import Question, in_running_order, read_prompts
 from kangaroo.errors import ConfigError, DataError
 
 SPEC = {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."], "reference": ["not read"]}

@@ -10,12 +10,11 @@ from made_up import make_run, record, turn
 
 import kangaroo
 from chat_model import save_chat_model
-from kangaroo.bench.cost import Costs
+from kangaroo.bench.cost import Costs, MethodCosts, method_costs
 from kangaroo.bench.records import BASELINE, Difference, Record
-from kangaroo.bench.report.bootstrap import interval, resample_totals
-from kangaroo.bench.report.bound import MethodCosts, bounds, method_costs
+from kangaroo.bench.report.bound import bounds
 from kangaroo.bench.report.grid import OVERALL, arrange
-from kangaroo.bench.report.statistics import Summary, relative_speeds, summarise
+from kangaroo.bench.report.statistics import Summary, interval, relative_speeds, resample_totals, summarise
 from kangaroo.errors import DataError
 
 TEXT = list(range(8))

@@ -9,14 +9,13 @@ import torch
 
 from kangaroo.bench.drafted import Drafted
 from kangaroo.bench.timed import Stopwatch, Timed, TimedTarget
-from kangaroo.decode import generate_ids
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.base import Drafter
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft
-from runs import DRAFTERS, PROMPTS
+from runs import DRAFTERS, PROMPTS, generate_ids
 from tiny import target as make_target
 
 OBSERVE, DRAFT, RUN, NORM, LOGITS = 1, 10, 100, 1000, 10000

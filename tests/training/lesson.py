@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.training.author import Author
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.training.adapter import AdapterObjective
 from kangaroo.training.batches import Packed
-from kangaroo.training.data import choose_documents
-from kangaroo.training.frozen import load_target
-from kangaroo.training.heads import LaterTokens
-from kangaroo.training.imitation import Imitation
-from kangaroo.training.medusa import new_heads
+from kangaroo.training.corpus import choose_documents
+from kangaroo.training.medusa import MedusaObjective
 from kangaroo.training.metrics import METRICS, read_metrics
-from kangaroo.training.reading import read_recipe
-from kangaroo.training.recipe import AdapterRecipe, MedusaRecipe
-from kangaroo.training.run import train
-from kangaroo.training.tokenizer import train_tokenizer
+from kangaroo.training.recipe import AdapterRecipe, MedusaRecipe, read_recipe
+from kangaroo.training.run import load_target, new_heads, train
+from kangaroo.training.target import train_tokenizer
+from kangaroo.training.target_text import TargetText
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal"]
 FOODS = ["soup", "rice", "bread", "plums", "eggs"]
@@ -187,23 +184,23 @@ def dotted(overrides: dict[str, Any]) -> dict[str, Any]:
     return {key.replace("__", "."): value for key, value in overrides.items()}
 
 
-def build(run: Lesson, **overrides: Any) -> tuple[Imitation, Packed]:
+def build(run: Lesson, **overrides: Any) -> tuple[AdapterObjective, Packed]:
     """The objective and batches of a run, without running it."""
     recipe = run.settings(**overrides)
     target, tokenizer = load_target(recipe)
     adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
     adapter.initialise(recipe.seed, from_target=True)
     training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
-    author = Author(target, tokenizer, recipe, lambda _: None)
-    return Imitation(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
+    author = TargetText(target, tokenizer, recipe, lambda _: None)
+    return AdapterObjective(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
 
 
-def build_medusa(run: Lesson, **overrides: Any) -> tuple[LaterTokens, Packed]:
+def build_medusa(run: Lesson, **overrides: Any) -> tuple[MedusaObjective, Packed]:
     """The same for heads."""
     recipe = read_recipe(run.recipe, dotted(overrides))
     assert isinstance(recipe, MedusaRecipe)
     target, tokenizer = load_target(recipe)
     training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
-    author = Author(target, tokenizer, recipe, lambda _: None)
-    objective = LaterTokens(target, new_heads(target, recipe), author.held_out(held_out), recipe)
+    author = TargetText(target, tokenizer, recipe, lambda _: None)
+    objective = MedusaObjective(target, new_heads(target, recipe), author.held_out(held_out), recipe)
     return objective, Packed(author.training(training))

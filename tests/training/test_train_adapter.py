@@ -13,22 +13,21 @@ from lesson import Lesson, build
 from safetensors.torch import load_file
 
 from kangaroo import demo
-from kangaroo.adapter import Adapter
-from kangaroo.calibration import Calibration
+from kangaroo.drafters.kangaroo.adapter import Adapter
+from kangaroo.drafters.kangaroo.calibration import Calibration
 from kangaroo.errors import AdapterError, CapacityError, ConfigError, ModelError
-from kangaroo.training import loop, pieces
-from kangaroo.training.adapter import new_adapter
-from kangaroo.training.estimate import Estimate
-from kangaroo.training.frozen import load_target
-from kangaroo.training.imitation import Imitation
-from kangaroo.training.positions import learnt_positions
+from kangaroo.training import for_target, loop
+from kangaroo.training.adapter import AdapterObjective
+from kangaroo.training.batches import learnt_positions
+from kangaroo.training.estimate import RunEstimate
 from kangaroo.training.report import Update
+from kangaroo.training.run import load_target, new_adapter
 from kangaroo.tree import sequence
 
 MakeLesson = Callable[..., Lesson]
 
 
-def gradients(objective: Imitation) -> dict[str, torch.Tensor]:
+def gradients(objective: AdapterObjective) -> dict[str, torch.Tensor]:
     taken = {name: p.grad.clone() for name, p in objective.parameters().items() if p.grad is not None}
     for parameter in objective.parameters().values():
         parameter.grad = None
@@ -70,7 +69,7 @@ def test_logits_in_pieces_give_the_same_gradients(make_lesson: MakeLesson, monke
     whole = objective.loss(batch)
     whole.total.backward()
     expected = gradients(objective)
-    monkeypatch.setattr(pieces, "LOGITS_AT_ONCE", 7 * objective.target.vocab_size)
+    monkeypatch.setattr(for_target, "LOGITS_AT_ONCE", 7 * objective.target.vocab_size)
     parts = objective.loss(batch)
     parts.total.backward()
     assert float(parts.total.detach()) == pytest.approx(float(whole.total.detach()), rel=1e-6)
@@ -242,7 +241,7 @@ def test_training_raises_agreement_and_keeps_the_best(make_lesson: MakeLesson) -
 def test_reports(make_lesson: MakeLesson) -> None:
     events: list[Any] = []
     make_lesson().train(report=events.append, schedule__steps=4)
-    (estimate,) = [e for e in events if isinstance(e, Estimate)]
+    (estimate,) = [e for e in events if isinstance(e, RunEstimate)]
     assert estimate.parameters == 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32
     assert estimate.training_bytes == 16 * estimate.parameters
     assert estimate.seconds > 3 * estimate.seconds_per_step > 0
@@ -294,7 +293,7 @@ def test_out_of_memory_says_what_to_lower(make_lesson: MakeLesson, monkeypatch: 
     def fail(*_: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
-    monkeypatch.setattr(Imitation, "compare", fail)
+    monkeypatch.setattr(AdapterObjective, "compare", fail)
     with pytest.raises(CapacityError, match=r"2 sequences of 64 tokens do not fit.*schedule\.accumulate"):
         make_lesson().train()
 
@@ -316,7 +315,7 @@ def test_nan_in_the_target_is_refused(make_lesson: MakeLesson, target_folder: Pa
 @pytest.mark.parametrize("at_once", [1 << 20, 1 << 10])
 def test_only_the_loss_has_gradients(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     objective, packed = build(make_lesson(), loss__acceptance=1.0)
-    monkeypatch.setattr(pieces, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(for_target, "LOGITS_AT_ONCE", at_once)
     batch = packed.batch(0, 1, 64, seed=0)
     compared = objective.compare(*objective._states(batch, learnt_positions(batch)))
     needs = {field.name: getattr(compared, field.name).requires_grad for field in dataclasses.fields(compared)}

@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from kangaroo.documents import Document, read_documents
 from kangaroo.errors import DataError
-from kangaroo.training.batches import Batch, Packed, Stream, visit
-from kangaroo.training.corpus import Corpus, prompts, render, tokenize
-from kangaroo.training.data import choose_documents
-from kangaroo.training.positions import learnt_positions, place_documents
+from kangaroo.training.batches import Batch, Packed, Stream, learnt_positions, place_documents, visit
+from kangaroo.training.corpus import Corpus, choose_documents, prompts, render, tokenize
 from kangaroo.training.recipe import DataSection
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]

@@ -12,23 +12,23 @@ from lesson import Lesson, build_medusa
 from torch.nn import functional
 
 from kangaroo.decode import decode, start
-from kangaroo.drafters.medusa import Medusa, MedusaChainConfig
+from kangaroo.drafters.medusa.drafter import Medusa, MedusaChainConfig
+from kangaroo.drafters.medusa.heads import MedusaHeads
 from kangaroo.errors import ConfigError
-from kangaroo.medusa import MedusaHeads
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
-from kangaroo.training import pieces
+from kangaroo.training import for_target
 from kangaroo.training.batches import Batch, Packed
-from kangaroo.training.estimate import Estimate
-from kangaroo.training.heads import NOTHING, LaterTokens
-from kangaroo.training.simulate import parallel_rounds
+from kangaroo.training.estimate import RunEstimate
+from kangaroo.training.evaluation import parallel_rounds
+from kangaroo.training.medusa import NOTHING, MedusaObjective
 from kangaroo.tree import sequence
 
 MakeLesson = Callable[..., Lesson]
 HEADS = 3
 
 
-def practise(objective: LaterTokens, packed: Packed) -> None:
+def practise(objective: MedusaObjective, packed: Packed) -> None:
     """A few steps, so that every weight counts and some predictions are right."""
     optimizer = torch.optim.AdamW(objective.parameters().values(), lr=0.02)
     for number in range(12):
@@ -38,7 +38,7 @@ def practise(objective: LaterTokens, packed: Packed) -> None:
         optimizer.zero_grad()
 
 
-def gradients(objective: LaterTokens) -> dict[str, torch.Tensor]:
+def gradients(objective: MedusaObjective) -> dict[str, torch.Tensor]:
     taken = {name: p.grad.clone() for name, p in objective.parameters().items() if p.grad is not None}
     for parameter in objective.parameters().values():
         parameter.grad = None
@@ -116,7 +116,7 @@ def test_logits_in_pieces_give_the_same_gradients(make_lesson: MakeLesson, monke
     made: list[int] = []
     real = MedusaHeads.logits
     monkeypatch.setattr(MedusaHeads, "logits", lambda self, i, x: made.append(len(x)) or real(self, i, x))
-    monkeypatch.setattr(pieces, "LOGITS_AT_ONCE", 7 * HEADS * objective.target.vocab_size)
+    monkeypatch.setattr(for_target, "LOGITS_AT_ONCE", 7 * HEADS * objective.target.vocab_size)
     parts = objective.loss(batch)
     parts.total.backward()
     assert max(made) == 7
@@ -158,7 +158,7 @@ def test_training_raises_accuracy_and_keeps_the_best(make_lesson: MakeLesson) ->
     scores = [row["held_out/score"] for row in rows]
     assert kept["provenance"]["held_out"]["simulated_cr"] == max(scores)
     assert kept["provenance"]["recipe"]["kind"] == "medusa"
-    (estimate,) = [event for event in events if isinstance(event, Estimate)]
+    (estimate,) = [event for event in events if isinstance(event, RunEstimate)]
     vocab = kept["vocab_size"]
     assert estimate.parameters == HEADS * (32 * 32 + 32 + 32 * vocab)
     assert MedusaHeads.load(best, build_medusa(run)[0].target).config.heads == HEADS

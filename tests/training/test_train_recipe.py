@@ -10,8 +10,7 @@ from lesson import Lesson
 from transformers import get_cosine_schedule_with_warmup
 
 from kangaroo.errors import ConfigError
-from kangaroo.training.reading import read_recipe
-from kangaroo.training.recipe import ScheduleSection
+from kangaroo.training.recipe import ScheduleSection, read_recipe
 
 ROOT = Path(__file__).parents[2]
 MakeLesson = Callable[..., Lesson]

@@ -19,11 +19,10 @@ from lesson import Lesson
 
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.training import checkpoint
-from kangaroo.training.checkpoint import read_progress
-from kangaroo.training.imitation import Comparison, Imitation
-from kangaroo.training.interrupt import Interrupted
+from kangaroo.training.adapter import AdapterObjective, Comparison
+from kangaroo.training.checkpoint import STATE, read_progress
+from kangaroo.training.loop import Interrupted
 from kangaroo.training.report import Update
-from kangaroo.training.resume import STATE
 
 MakeLesson = Callable[..., Lesson]
 
@@ -265,13 +264,13 @@ def test_diverged_run_saves_nothing(make_lesson: MakeLesson, monkeypatch: pytest
     run = make_lesson()
     run.train(schedule__steps=2)
     saved, rows = (run.output / STATE).read_bytes(), run.rows()
-    real = Imitation.compare
+    real = AdapterObjective.compare
 
-    def diverge(self: Imitation, *states: Any) -> Comparison:
+    def diverge(self: AdapterObjective, *states: Any) -> Comparison:
         compared = real(self, *states)
         return replace(compared, loss=compared.loss * float("nan"))
 
-    monkeypatch.setattr(Imitation, "compare", diverge)
+    monkeypatch.setattr(AdapterObjective, "compare", diverge)
     with pytest.raises(ConfigError, match="step 3: the loss is nan"):
         run.train(resume=True)
     assert (run.output / STATE).read_bytes() == saved

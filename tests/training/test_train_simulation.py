@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lesson import Lesson, build
 
-from kangaroo.adapter import Adapter
 from kangaroo.decode import decode, start
-from kangaroo.drafters.kangaroo import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.adapter import Adapter
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
-from kangaroo.training.simulate import chain_rounds
+from kangaroo.training.evaluation import chain_rounds
 
 MakeLesson = Callable[..., Lesson]
 

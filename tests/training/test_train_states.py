@@ -1,4 +1,4 @@
-"""States of the target that are kept: the same training, and the deep layers run once for each row of text."""
+"""StateCache of the target that are kept: the same training, and the deep layers run once for each row of text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ from lesson import Lesson, build
 
 from kangaroo.errors import CapacityError, DataError
 from kangaroo.model import Target
-from kangaroo.training.imitation import Imitation
-from kangaroo.training.positions import learnt_positions
+from kangaroo.training.adapter import AdapterObjective
+from kangaroo.training.batches import learnt_positions
 
 MakeLesson = Callable[..., Lesson]
 Layers = list[tuple[int, int]]
@@ -32,7 +32,7 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> Layers:
     return passes
 
 
-def gradients(objective: Imitation, batch: Any) -> list[torch.Tensor]:
+def gradients(objective: AdapterObjective, batch: Any) -> list[torch.Tensor]:
     objective.loss(batch).total.backward()  # type: ignore[no-untyped-call]
     found = [p.grad.clone() for p in objective.parameters().values() if p.grad is not None]
     objective.adapter.zero_grad()
@@ -109,7 +109,7 @@ def test_what_goes_wrong_with_files_is_named(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kangaroo.training.states.save_file", full)
+    monkeypatch.setattr("kangaroo.training.state_cache.save_file", full)
     with pytest.raises(CapacityError, match="No space left"):
         kept.loss(batch)
     assert not list(folder.rglob("*.part"))

@@ -13,15 +13,13 @@ from tokenizers import AddedToken
 
 from command import invoke
 from kangaroo.documents import read_documents
+from kangaroo.drafters.medusa.heads import MedusaHeads
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.medusa import MedusaHeads
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
-from kangaroo.training.frozen import load_target
 from kangaroo.training.report import Update
-from kangaroo.training.run import train
-from kangaroo.training.synthesis import ANSWERED, SAMPLED, SYNTHESISED, Synthesis
-from kangaroo.training.turns import Frame, cut
+from kangaroo.training.run import load_target, train
+from kangaroo.training.synthesis import ANSWERED, SAMPLED, SYNTHESISED, Frame, Synthesis, cut
 from oracle import oracle
 
 MakeLesson = Callable[..., Lesson]

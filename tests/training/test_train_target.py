@@ -13,7 +13,7 @@ from kangaroo.errors import ConfigError, ModelError
 from kangaroo.loading import load_model
 from kangaroo.training import run as running
 from kangaroo.training.run import take_tokenizer
-from kangaroo.training.tokenizer import train_tokenizer
+from kangaroo.training.target import train_tokenizer
 
 MakeLesson = Callable[..., Lesson]
 TAKEN = lesson.TARGET.replace("vocab_size = 300", 'tokenizer = "{target}"')

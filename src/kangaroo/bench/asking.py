@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from kangaroo.bench.check import find_difference
+from kangaroo.bench.check import find_divergence
 from kangaroo.bench.compare import without_end
-from kangaroo.bench.lengthen import bring_to, material_for
 from kangaroo.bench.methods import Measured, Method
 from kangaroo.bench.questions import Messages, Question
 from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import BASELINE, Difference, Record, Turn
-from kangaroo.bench.shorten import Fitted, fit
+from kangaroo.bench.shorten import Fitted, bring_to, fit, material_for
 from kangaroo.decoder import Decoder
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
@@ -115,7 +114,7 @@ class Asker:
         same = mine.measured.tokens == plain.measured.tokens
         if sampling is not None and not same and mine.prompt.tokens == plain.prompt.tokens:
             texts = (plain.measured.tokens, mine.measured.tokens)
-            found = find_difference(self._decoder, mine.prompt.tokens, *texts, sampling)
+            found = find_divergence(self._decoder, mine.prompt.tokens, *texts, sampling)
             difference = Difference(position=found.position, gap=found.gap, tie=found.is_tie)
         prompt = mine.prompt
         return Turn(

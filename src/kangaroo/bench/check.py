@@ -11,7 +11,7 @@ from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
 from kangaroo.drafters import MakeDrafter
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.memory import available_bytes
+from kangaroo.machine import available_bytes
 from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.state import Request
 
@@ -21,7 +21,7 @@ TIE = 0.125
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Divergence:
     """The first token in which two texts differ, and how close the call was."""
 
     prompt: int
@@ -70,7 +70,7 @@ class CheckReport:
     tokens: int = 0
     answers: int = 0
     rounds: Rounds = field(default_factory=Rounds)
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[Divergence] = field(default_factory=list)
 
     @property
     def problem(self) -> str | None:
@@ -131,7 +131,7 @@ def check(decoder: Decoder, expected: Expected, *, batches: Sequence[int]) -> Ch
                     result.answers += 1
                     result.tokens += max(len(wanted[index]), len(answer))
                     if answer != wanted[index]:
-                        found = find_difference(decoder, prompts[index], wanted[index], answer, sampling)
+                        found = find_divergence(decoder, prompts[index], wanted[index], answer, sampling)
                         result.differences.append(replace(found, prompt=index, batch=batch))
     return result
 
@@ -156,9 +156,9 @@ def _answers(
 
 
 @torch.inference_mode()
-def find_difference(
+def find_divergence(
     decoder: Decoder, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int], sampling: Sampling
-) -> Difference:
+) -> Divergence:
     """The first token in which two different answers to a prompt differ, the gap there, and what float64 says."""
     # Where one answer is the beginning of the other, the missing token counts as -1.
     pairs = list(zip_longest(expected, got, fillvalue=-1))
@@ -170,7 +170,7 @@ def find_difference(
     if size < available_bytes(decoder.target.device):
         precise = copy.deepcopy(decoder.target.model).double()
         float64 = int(_scores(precise, prompt, expected[:at], sampling).argmax())
-    return Difference(0, sampling.temperature, 1, at, *pairs[at], float(best[0] - best[1]), float64)
+    return Divergence(0, sampling.temperature, 1, at, *pairs[at], float(best[0] - best[1]), float64)
 
 
 def _scores(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling) -> torch.Tensor:

@@ -1,17 +1,33 @@
 """What `kangaroo info` and reports say of a decoder: its sizes, and what its rounds cost."""
 
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from kangaroo.decoder import Decoder
-from kangaroo.drafters.costs import Costs, measure_costs
+from kangaroo.drafters.copying.llma import LLMA
+from kangaroo.drafters.copying.prompt_lookup import PromptLookup
+from kangaroo.drafters.copying.rest import Rest
 from kangaroo.drafters.draft_model import DraftModel
-from kangaroo.drafters.kangaroo import Kangaroo
-from kangaroo.drafters.kangaroo_lookup import KangarooLookup
-from kangaroo.drafters.kangaroo_tree import KangarooTree
-from kangaroo.drafters.medusa import Medusa, MedusaTree
+from kangaroo.drafters.kangaroo.chain import Kangaroo
+from kangaroo.drafters.kangaroo.costs import Costs, measure_costs
+from kangaroo.drafters.kangaroo.lookup import KangarooLookup
+from kangaroo.drafters.kangaroo.tree import KangarooTree
+from kangaroo.drafters.medusa.drafter import Medusa, MedusaTree
 
 SELF_DRAFTING = (Kangaroo, KangarooTree, KangarooLookup)
 """What drafts with the target's first layers."""
+COPYING = (PromptLookup, LLMA, Rest)
+"""What drafts without a model."""
+
+
+class MethodCosts(BaseModel):
+    """What one method's rounds cost, as a run's provenance stores it under `costs`, by the method's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    draft_share: float | None = None
+    """Weights read to draft a token over those of a plain step; 0 for what drafts without a model."""
+    measured: Costs | None = None
 
 
 def decoder_costs(decoder: Decoder, *, nodes: int = 8, repeats: int = 30) -> Costs:
@@ -57,3 +73,15 @@ def describe(decoder: Decoder) -> dict[str, object]:
     if isinstance(drafter, DraftModel):
         facts["draft_model_parameters"] = trained
     return facts
+
+
+def method_costs(decoder: Decoder) -> MethodCosts | None:
+    """What the rounds of a decoder's drafter cost: counted, and for a self-drafted chain timed too.
+
+    None where records do not tell how often weights were read to draft: a tree drafts several tokens in one pass.
+    """
+    drafter = decoder.make_drafter()
+    if isinstance(drafter, Kangaroo):
+        measured = decoder_costs(decoder, nodes=drafter.nodes)
+        return MethodCosts(draft_share=drafter.model.weight_share, measured=measured)
+    return MethodCosts(draft_share=0.0) if isinstance(drafter, COPYING) else None

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from kangaroo.bench.methods import Measured, finish_reason, forget_peak, peak_bytes
 from kangaroo.bench.timed import Timed, TimedTarget
-from kangaroo.clock import synchronise
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
+from kangaroo.machine import synchronise
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from kangaroo.bench.report.published import EXPERIMENTS
+from kangaroo.bench.published import EXPERIMENTS
 from kangaroo.toml import Section, lay_over
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from kangaroo.bench.methods import Measured, finish_reason, forget_peak, peak_bytes
-from kangaroo.clock import synchronise
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.draft_model import check_vocabulary
 from kangaroo.drafters.settings import configure
 from kangaroo.errors import ConfigError
 from kangaroo.loading import load_model
+from kangaroo.machine import synchronise
 from kangaroo.sampling import Sampling
 
 

@@ -11,9 +11,9 @@ from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import RECORDS
 from kangaroo.decoder import Decoder
 from kangaroo.drafters import find_drafter
-from kangaroo.environment import surroundings
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_json
+from kangaroo.machine import surroundings
 from kangaroo.toml import parse_table
 
 PROVENANCE = "provenance.json"

@@ -1,19 +1,23 @@
-"""From a benchmark recipe to a folder of records: all methods on all questions, interleaved, in one process."""
+"""From a benchmark recipe to a folder of records: all methods on all questions, interleaved, in one process.
 
+A sweep is one run per value of a key, one after the other, on a model that is loaded once.
+"""
+
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kangaroo import demo
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.asking import Asker
-from kangaroo.bench.cost import trained_parameters
+from kangaroo.bench.cost import method_costs, trained_parameters
 from kangaroo.bench.drafted import Drafted
-from kangaroo.bench.fetch import fetch
-from kangaroo.bench.formats import read_questions
+from kangaroo.bench.formats import fetch, read_questions
 from kangaroo.bench.journal import Journal, claim
 from kangaroo.bench.methods import Method
 from kangaroo.bench.peers import make_peer
@@ -21,12 +25,12 @@ from kangaroo.bench.provenance import Facts, describe_run, find_run, resumed, wr
 from kangaroo.bench.questions import Question, in_running_order
 from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import BASELINE, Record
-from kangaroo.bench.report.bound import method_costs
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import find_drafter
-from kangaroo.errors import ConfigError
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.files import write_text
 
-Report = Callable[[int, int], None]
+BenchReport = Callable[[int, int], None]
 """Is told how many questions of how many have been answered by all methods, repeats counted."""
 
 
@@ -54,7 +58,7 @@ def run_bench(
     *,
     trained: Mapping[str, Path] | None = None,
     limit: int | None = None,
-    report: Report = lambda done, total: None,
+    report: BenchReport = lambda done, total: None,
 ) -> list[Record]:
     """Measure what the recipe describes, on at most `limit` of its questions; returns all records in its folder.
 
@@ -84,7 +88,7 @@ def load_methods(recipe: BenchRecipe, trained: Mapping[str, Path] | None = None)
 
 
 def measure(
-    recipe: BenchRecipe, loaded: Loaded, *, limit: int | None = None, report: Report = lambda done, total: None
+    recipe: BenchRecipe, loaded: Loaded, *, limit: int | None = None, report: BenchReport = lambda done, total: None
 ) -> list[Record]:
     """As `run_bench`, with methods that are loaded already."""
     if limit is not None and limit < 1:
@@ -133,7 +137,7 @@ def _blocks(recipe: BenchRecipe, questions: Sequence[Question], journal: Journal
                 yield Block(missing, repeat, first // recipe.batch + repeat)
 
 
-def _measure(asker: Asker, blocks: Sequence[Block], journal: Journal, total: int, report: Report) -> None:
+def _measure(asker: Asker, blocks: Sequence[Block], journal: Journal, total: int, report: BenchReport) -> None:
     done = total - sum(len(block.questions) for block in blocks)
     report(done, total)
     for block in blocks:
@@ -146,3 +150,50 @@ def _costs(drafting: dict[str, Decoder]) -> Facts:
     """What drafting costs, by method, for those whose rounds can be priced."""
     found = {name: method_costs(decoder) for name, decoder in drafting.items()}
     return {name: costs.model_dump(mode="json") for name, costs in found.items() if costs is not None}
+
+
+SWEEP = "sweep.json"
+
+
+def run_sweep(
+    recipe: BenchRecipe,
+    *,
+    trained: Mapping[str, Path] | None = None,
+    limit: int | None = None,
+    watch: Callable[[str], AbstractContextManager[BenchReport]],
+) -> dict[str, list[Record]]:
+    """Measure a recipe at every value of its [vary] section, as `run_bench` does at one; returns records by value.
+
+    The run of a value lies in OUTPUT/VALUE; sweep.json says which there are. `watch` is entered for each of them, with
+    its name, and gives what is told of its progress.
+    """
+    assert recipe.vary is not None, "run_bench makes a single run"
+    runs = recipe.by_value()
+    with claim(recipe.output):
+        _write_sweep(recipe.output, recipe.vary.key, list(recipe.vary.values))
+        methods = load_methods(recipe, trained)
+        records = {}
+        for value, run in runs.items():
+            with watch(f"{recipe.vary.key} = {value}") as report:
+                records[value] = measure(run, methods, limit=limit, report=report)
+    return records
+
+
+def _write_sweep(folder: Path, key: str, values: list[Any]) -> None:
+    before = read_sweep(folder)
+    if before is not None and before[0] != key:
+        raise ConfigError(f"{folder} holds a sweep over {before[0]}, not over {key}; give a new --output")
+    text = json.dumps({"key": key, "values": values}) + "\n"
+    write_text(folder / SWEEP, text)
+
+
+def read_sweep(folder: Path) -> tuple[str, list[Any]] | None:
+    """(key, values) of the sweep in a folder; None if there is none. Raises DataError for a damaged file."""
+    path = folder / SWEEP
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return str(table["key"]), list(table["values"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); run `kangaroo bench` again to renew it") from None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import KVCache
-from kangaroo.clock import synchronise
 from kangaroo.drafters.base import Drafter
+from kangaroo.machine import synchronise
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Placement

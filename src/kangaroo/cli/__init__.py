@@ -13,9 +13,9 @@ from kangaroo.cli.demo import demo
 from kangaroo.cli.generate import generate
 from kangaroo.cli.info import info
 from kangaroo.cli.report import report
+from kangaroo.cli.terminal import print_error
 from kangaroo.cli.train import train
 from kangaroo.errors import KangarooError
-from kangaroo.terminal import print_error
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Faster text, the same tokens."

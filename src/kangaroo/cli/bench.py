@@ -9,13 +9,12 @@ import typer
 
 from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
 from kangaroo.bench.records import Record
-from kangaroo.bench.run import run_bench
-from kangaroo.bench.sweep import run_sweep
+from kangaroo.bench.run import run_bench, run_sweep
 from kangaroo.bench.trained import Training, train_methods
-from kangaroo.terminal import countdown, notes, out, training_progress
-from kangaroo.training.beside import train_beside
-from kangaroo.training.interrupt import Interrupted
-from kangaroo.training.reading import read_recipe
+from kangaroo.cli.terminal import countdown, notes, out, training_progress
+from kangaroo.training.loop import Interrupted
+from kangaroo.training.recipe import read_recipe
+from kangaroo.training.run import train_beside
 
 
 def bench(

@@ -7,12 +7,12 @@ import typer
 
 from kangaroo.bench.check import SAMPLINGS, expect
 from kangaroo.bench.check import check as check_drafter
-from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, with_model_options
+from kangaroo.cli.terminal import notes, print_json, show_checks
 from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
-from kangaroo.terminal import notes, print_json, show_checks
 from kangaroo.text import Prompt
 
 

@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from kangaroo.bench.compare import side_by_side
 from kangaroo.bench.drafted import Drafted
-from kangaroo.bench.side_by_side import side_by_side
 from kangaroo.cli.generate import as_message
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, with_model_options
+from kangaroo.cli.terminal import notes, out, print_json, printable, show_lines
 from kangaroo.errors import DataError
 from kangaroo.sampling import Sampling
-from kangaroo.terminal import notes, out, print_json, printable, show_lines
 
 
 @with_model_options

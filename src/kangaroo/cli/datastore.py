@@ -9,11 +9,11 @@ import typer
 
 from kangaroo import demo
 from kangaroo.cli.options import Json
-from kangaroo.datastore import Stage, build_datastore
+from kangaroo.cli.terminal import notes, out, print_json, progress
 from kangaroo.documents import read_documents
+from kangaroo.drafters.copying.datastore import Stage, build_datastore
 from kangaroo.loading import load_tokenizer
-from kangaroo.memory import human_bytes
-from kangaroo.terminal import notes, out, print_json, progress
+from kangaroo.machine import human_bytes
 
 datastore = typer.Typer(no_args_is_help=True, help="Text for the rest drafter to copy from.")
 

@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from kangaroo.bench.check import Difference, find_difference
+from kangaroo.bench.check import Divergence, find_divergence
 from kangaroo.bench.compare import Pair, compare, without_end
-from kangaroo.bench.prompts import interleave_kinds, read_prompts
+from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, Threads
+from kangaroo.cli.terminal import comparison_facts, print_json, progress, show_comparison, stream_answer
 from kangaroo.decoder import Decoder
 from kangaroo.sampling import Sampling
-from kangaroo.terminal import comparison_facts, print_json, progress, show_comparison, stream_answer
 
 
 def demo(
@@ -47,7 +47,7 @@ def demo(
         raise typer.Exit(1)
 
 
-def examine(decoder: Decoder, pair: Pair, sampling: Sampling) -> Difference:
+def examine(decoder: Decoder, pair: Pair, sampling: Sampling) -> Divergence:
     """How close the call was where a pair's answers part."""
     expected, got = pair.baseline.completion.tokens, pair.method.completion.tokens
-    return find_difference(decoder, decoder.tokenizer.encode(pair.prompt), expected, got, sampling)
+    return find_divergence(decoder, decoder.tokenizer.encode(pair.prompt), expected, got, sampling)

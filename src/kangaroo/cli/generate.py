@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from kangaroo.cli.options import Drafter, Json, MaxTokens, ModelOptions, with_model_options
+from kangaroo.cli.terminal import completion_facts, notes, print_json, show_batch, stats_facts, stream_answer
 from kangaroo.decoder import Decoder
 from kangaroo.errors import DataError
 from kangaroo.sampling import Sampling
-from kangaroo.terminal import completion_facts, notes, print_json, show_batch, stats_facts, stream_answer
 from kangaroo.text import Prompt
 
 

@@ -2,7 +2,7 @@
 
 from kangaroo.bench.cost import decoder_costs, describe
 from kangaroo.cli.options import Drafter, Json, ModelOptions, with_model_options
-from kangaroo.terminal import print_json, show_table
+from kangaroo.cli.terminal import print_json, show_table
 
 
 @with_model_options

@@ -9,9 +9,9 @@ from kangaroo.bench.report.export import to_csv
 from kangaroo.bench.report.folders import read_folders
 from kangaroo.bench.report.page import to_document, to_page
 from kangaroo.bench.report.results import find_mixture
+from kangaroo.cli.terminal import out
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_text
-from kangaroo.terminal import out
 
 
 def report(

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from kangaroo.cli.options import Threads, set_threads
-from kangaroo.terminal import notes, out, training_progress
-from kangaroo.training.interrupt import Interrupted
+from kangaroo.cli.terminal import notes, out, training_progress
+from kangaroo.training.loop import Interrupted
 from kangaroo.training.run import train as train_recipe
 
 

@@ -1,20 +1,14 @@
-"""Drafters: one file each, one line each in DRAFTERS."""
+"""Drafters: a folder for each family, one line each in DRAFTERS."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kangaroo.drafters import (
-    draft_model,
-    kangaroo,
-    kangaroo_lookup,
-    kangaroo_tree,
-    llma,
-    medusa,
-    none,
-    prompt_lookup,
-    rest,
-)
+from kangaroo.drafters import draft_model, none
 from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.copying import llma, prompt_lookup, rest
+from kangaroo.drafters.kangaroo import chain as kangaroo_chain  # a name of its own: `chain` is a module here
+from kangaroo.drafters.kangaroo import lookup, tree
+from kangaroo.drafters.medusa import drafter as medusa
 from kangaroo.drafters.settings import Settings
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
@@ -33,11 +27,11 @@ class Entry(NamedTuple):
 
 DRAFTERS: dict[str, Entry] = {
     "none": Entry(none.build),
-    "kangaroo": Entry(kangaroo.build, "adapter"),
-    "kangaroo-tree": Entry(kangaroo_tree.build, "adapter"),
-    "kangaroo+lookup": Entry(kangaroo_lookup.build, "adapter"),
-    "early-exit": Entry(kangaroo.build_early_exit),
-    "early-exit-tree": Entry(kangaroo_tree.build_early_exit),
+    "kangaroo": Entry(kangaroo_chain.build, "adapter"),
+    "kangaroo-tree": Entry(tree.build, "adapter"),
+    "kangaroo+lookup": Entry(lookup.build, "adapter"),
+    "early-exit": Entry(kangaroo_chain.build_early_exit),
+    "early-exit-tree": Entry(tree.build_early_exit),
     "medusa": Entry(medusa.build, "heads"),
     "medusa-tree": Entry(medusa.build_tree, "heads"),
     "draft-model": Entry(draft_model.build, "draft_model"),

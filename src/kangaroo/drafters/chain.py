@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.stopping import Stopping
 from kangaroo.sampling import Stream
-from kangaroo.state import State
+from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Stop, chain
 
 
@@ -42,6 +42,45 @@ class Chain:
             layers_done=layers_done,
             probs=self.probs,
         )
+
+
+class Stopping(Protocol):
+    """Decides how far to draft."""
+
+    def begin(self, state: State) -> Tensor:
+        """[B] bool: draft at all?"""
+        ...
+
+    def go_on(self, logits: Tensor) -> Tensor:
+        """[B] bool: draft one more after the token just drafted from logits [B, 1, V]?"""
+        ...
+
+    def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
+        """Tokens have joined their rows; `drafted` [B] were proposed in the round."""
+        ...
+
+
+class Threshold:
+    """Stop after a token whose top-1 probability was below the threshold (Liu et al. 2024, section 3.2)."""
+
+    def __init__(self, threshold: float):
+        self._threshold = threshold
+
+    def begin(self, state: State) -> Tensor:
+        """Always."""
+        return torch.ones_like(state.active)
+
+    def go_on(self, logits: Tensor) -> Tensor:
+        """While sure."""
+        return top_probability(logits)[:, 0] >= self._threshold
+
+    def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
+        """Nothing to learn."""
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence)."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def draft_chain(state: State, limits: Tensor, stopping: Stopping, step: Callable[[Tensor, int], Tensor]) -> Chain:

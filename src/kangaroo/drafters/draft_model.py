@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import KVCache, LayerShape
-from kangaroo.drafters.chain import draft_chain
+from kangaroo.drafters.chain import Threshold, draft_chain
 from kangaroo.drafters.settings import Settings, configure, need_path
-from kangaroo.drafters.stopping import Threshold
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target

@@ -1,4 +1,7 @@
-"""Which tokens step `s` sees: a pure function of `s`, so resuming at a step needs no reader state."""
+"""Which tokens step `s` sees: a pure function of `s`, so resuming at a step needs no reader state.
+
+Beside it, where the documents of a packed batch lie, and which positions of them are learnt from.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from kangaroo.errors import DataError
 from kangaroo.training.corpus import Corpus
+from kangaroo.tree import Placement
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 OPEN_ROWS = 64
@@ -129,3 +133,23 @@ def visit(number: int, rows: int, blocks: int, seed: int) -> Array:
 @functools.lru_cache(maxsize=4)
 def _shuffled(seed: int, epoch: int, blocks: int) -> Array:
     return np.random.default_rng((seed, epoch, blocks)).permutation(blocks)
+
+
+def learnt_positions(batch: Batch, ahead: int = 1) -> Tensor:
+    """[B, T] bool: positions whose token `ahead` of them is marked and in the same document."""
+    assert batch.documents is not None
+    mask = torch.zeros_like(batch.trained)
+    mask[:, :-ahead] = batch.trained[:, ahead:] & (batch.documents[:, ahead:] == batch.documents[:, :-ahead])
+    return mask
+
+
+def place_documents(batch: Batch) -> Placement:
+    """Documents side by side in rows, each as if it were alone: positions from 0, no sight of its neighbours."""
+    assert batch.documents is not None
+    documents = batch.documents
+    slots = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    positions = slots - torch.where(first, slots, 0).cummax(1).values
+    same = documents[:, :, None] == documents[:, None]
+    return Placement(positions, slots, same & (slots[:, None] <= slots[..., None]), positions)

@@ -1,13 +1,16 @@
-"""From documents to tokens, and which of the tokens are learnt from."""
+"""Which documents a run learns from and which it holds out; their tokens, and which of those are learnt from."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kangaroo.documents import Document, Messages, apply_template, read_as_model
+from kangaroo.documents import Document, Messages, apply_template, read_as_model, read_documents
 from kangaroo.errors import DataError
+from kangaroo.training.recipe import DataSection
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Marks = np.ndarray[Any, np.dtype[np.bool_]]
@@ -81,13 +84,13 @@ def render(document: Document, tokenizer: Any, assistant_only: bool) -> list[tup
     whole = read_as_model(document, tokenizer)
     if document.messages is None or not assistant_only:
         return [(whole, [(0, len(whole))])]
-    turns = [_turn(document, tokenizer, i) for i in answers(document.messages)]
+    turns = [_turn(document, tokenizer, i) for i in answer_turns(document.messages)]
     if all(whole.startswith(text) for text, _ in turns):
         return [(whole, [span for _, spans in turns for span in spans])]
     return turns
 
 
-def answers(messages: Messages) -> list[int]:
+def answer_turns(messages: Messages) -> list[int]:
     """The assistant turns that answer something."""
     return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
 
@@ -121,8 +124,50 @@ def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[li
             ]
             chosen.append(list(ids[: max(1, int(len(ids) * (1 + draw) / 4))]))
             continue
-        turns = answers(document.messages)
+        turns = answer_turns(document.messages)
         end = turns[int(draw * len(turns))] if turns else len(document.messages)
         text = apply_template(document, tokenizer, document.messages[:end], prompt=True)
         chosen.append(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
     return chosen
+
+
+def choose_documents(paths: Sequence[Path], settings: DataSection, seed: int) -> tuple[list[Document], list[Document]]:
+    """(training, held-out) documents, shuffled by `seed`.
+
+    Raises DataError if nothing is left to train on.
+    """
+    rows = (document for path in paths for document in read_documents(path))
+    documents = [d for d in rows if not settings.sources or d.source in settings.sources]
+    if len(documents) <= settings.held_out:
+        named = f" of the sources {', '.join(settings.sources)}" if settings.sources else ""
+        raise DataError(
+            f"{len(documents)} documents{named} are too few to hold out {settings.held_out} (data.held_out)"
+        )
+    order = np.random.default_rng(seed).permutation(len(documents))
+    shuffled = [documents[i] for i in order]
+    return shuffled[settings.held_out :][: settings.limit], shuffled[: settings.held_out]
+
+
+class Given:
+    """Documents in files. Raises DataError if there are no files, or one is missing."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths, self.digest = paths, hash_files(paths)
+
+    def files(self) -> Sequence[Path]:
+        """All of them."""
+        return self._paths
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 over the bytes of the files in order, for provenance. Raises DataError if there are none."""
+    if not paths:
+        raise DataError("no data: name at least one file")
+    digest = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"no data file at {path}")
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -3,8 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from kangaroo.clock import synchronise
-from kangaroo.memory import available_bytes
+from kangaroo.machine import available_bytes, synchronise
 from kangaroo.training.batches import Batches
 from kangaroo.training.objective import Objective
 from kangaroo.training.recipe import Recipe
@@ -14,7 +13,7 @@ BYTES_PER_TRAINED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class RunEstimate:
     """Bytes and seconds."""
 
     parameters: int
@@ -43,8 +42,8 @@ class Estimate:
         return self.training_bytes + self.activation_bytes <= self.available_bytes
 
 
-def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: int) -> Estimate:
-    """Estimate a run from step `step` on. Runs two micro-batches, whose gradients are thrown away."""
+def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: int) -> RunEstimate:
+    """RunEstimate a run from step `step` on. Runs two micro-batches, whose gradients are thrown away."""
     schedule, parameters = recipe.schedule, objective.parameters()
     count = sum(parameter.numel() for parameter in parameters.values())
     shapes = [schedule.shape(0), schedule.shape(max(0, schedule.steps - 1))]
@@ -52,7 +51,7 @@ def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: in
     tokens = [schedule.accumulate * rows * length for rows, length in map(schedule.shape, range(step, schedule.steps))]
     every = recipe.run.evaluate_every
     evaluations = schedule.steps // every - step // every + (schedule.steps % every > 0)
-    return Estimate(
+    return RunEstimate(
         parameters=count,
         frozen_bytes=objective.frozen_bytes,
         training_bytes=count * BYTES_PER_TRAINED,

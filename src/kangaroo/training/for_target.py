@@ -1,26 +1,27 @@
 """What objectives for a frozen target have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
-from kangaroo.training.evaluation import DraftModel, HeldOut
+from kangaroo.training.evaluation import HeldOut, Predictor
 from kangaroo.training.recipe import FrozenTargetRecipe
-from kangaroo.training.states import States
+from kangaroo.training.state_cache import StateCache
 from kangaroo.tree import Placement
 
 
-class ForTarget(DraftModel):
+class ForTarget(Predictor):
     """The target never changes; what is learnt is evaluated by drafting for it."""
 
     recipe: FrozenTargetRecipe
 
     def __init__(self, target: Target, held_out: HeldOut, recipe: FrozenTargetRecipe):
         self.target, self.held_out, self.recipe, self.device = target, held_out, recipe, target.device
-        self.kept = None if recipe.states is None else States(recipe.states, target, recipe.run.mixed_precision)
+        self.kept = None if recipe.states is None else StateCache(recipe.states, target, recipe.run.mixed_precision)
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
         self.evaluation_tokens = held_out.tokens
 
@@ -51,3 +52,22 @@ class ForTarget(DraftModel):
         config, width = self.target.config, self.target.width
         states = 8 * width + 3 * getattr(config, "intermediate_size", 4 * width)
         return states, 2 * length * getattr(config, "num_attention_heads", 1)
+
+
+LOGITS_AT_ONCE = 1 << 26
+"""Logits held for the backward pass; beyond that they are computed again in pieces."""
+
+Sums = tuple[Tensor, ...]
+
+
+def sum_in_pieces(compute: Callable[..., Sums], logits: int, *columns: Tensor) -> Sums:
+    """`compute(*columns)`, whose results are sums over the positions [M, ...] of the columns.
+
+    `logits` says how many it makes of a position. Gradients are those of one piece.
+    """
+    size = max(1, LOGITS_AT_ONCE // logits)
+    if len(columns[0]) <= size:
+        return compute(*columns)
+    pieces = zip(*(torch.split(column, size) for column in columns), strict=True)
+    sums = [checkpoint(compute, *piece, use_reentrant=False) for piece in pieces]
+    return tuple(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))

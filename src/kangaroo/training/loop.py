@@ -1,25 +1,64 @@
-"""The training loop, one for every objective. A step depends on recipe, data and state, and on nothing else."""
+"""The training loop, one for every objective. A step depends on recipe, data and state, and on nothing else.
+
+After Ctrl-C the step is finished and saved before the run stops.
+"""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 
 from kangaroo.errors import CapacityError, ConfigError
 from kangaroo.training.batches import Batches
-from kangaroo.training.checkpoint import Progress, load_state, save_state
+from kangaroo.training.checkpoint import STATE, Progress, load_state, save_state, training_provenance
 from kangaroo.training.estimate import estimate
-from kangaroo.training.interrupt import Interrupted, Interruption
 from kangaroo.training.metrics import Metrics
 from kangaroo.training.objective import Objective
-from kangaroo.training.provenance import provenance
 from kangaroo.training.recipe import OptimizerSection, Recipe
-from kangaroo.training.report import Clock, Report
-from kangaroo.training.resume import STATE
+from kangaroo.training.report import Clock, TrainingReport
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked for a stop, and the state was saved. The message says how to go on."""
+
+    def __init__(self, folder: Path, step: int):
+        super().__init__(f"stopped after step {step}; the state is saved in {folder}, resume with --resume")
+        self.folder, self.step = folder, step
+
+
+class Interruption:
+    """While entered, the first Ctrl-C sets `requested`; the second stops at once, back to the last checkpoint."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+        # Python delivers signals to the main thread only; elsewhere the caller's own handling stays as it is.
+        self._installable = threading.current_thread() is threading.main_thread()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> Self:
+        if self._installable:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._installable:
+            signal.signal(signal.SIGINT, self._previous)
+
 
 BEST = "best"
 
@@ -51,7 +90,7 @@ class Trainer:
         else:
             self.checkpoint()
 
-    def fit(self, report: Report) -> Path:
+    def fit(self, report: TrainingReport) -> Path:
         """Train; returns the folder of the best weights.
 
         Raises Interrupted after Ctrl-C, ConfigError if the loss is not finite, CapacityError if memory or disk do not
@@ -139,7 +178,7 @@ class Trainer:
         clock.note("evaluate", row)
 
     def _provenance(self, figures: Mapping[str, float]) -> dict[str, object]:
-        return provenance(self.recipe, self.identity, self.step, figures)
+        return training_provenance(self.recipe, self.identity, self.step, figures)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.recipe.schedule.steps

@@ -1,12 +1,14 @@
 """Recipes: TOML files that say everything about a training run but where the data lies."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kangaroo.toml import Count, Positive, Section, Share, Weight
+from kangaroo.errors import ConfigError
+from kangaroo.toml import Count, Positive, Section, Share, Weight, parse_table, read_table
 
 
 class DataSection(Section):
@@ -280,3 +282,19 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe; `overrides` maps dotted keys ("schedule.steps") to values that replace the file's.
+
+    Raises ConfigError naming the key, and the nearest known one for a key that does not exist.
+    """
+    table = read_table(path, overrides)
+    if table.get("kind") not in RECIPES:
+        raise ConfigError(f"{path}: kind must be one of {', '.join(RECIPES)}, got {table.get('kind')!r}")
+    return parse_recipe(table, str(path))
+
+
+def parse_recipe(table: dict[str, Any], name: str) -> Recipe:
+    """The recipe of a table whose `kind` is known; `name` says in errors where it came from."""
+    return parse_table(RECIPES[table["kind"]], table, name)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kangaroo.training.estimate import Estimate
+from kangaroo.training.estimate import RunEstimate
 
 Stage = Literal["ask", "reply", "write", "answer", "regenerate", "train", "evaluate"]
 
@@ -28,23 +28,23 @@ class Update:
     """The row just recorded in the metrics file, if one was."""
 
 
-Report = Callable[[Update | Estimate], None]
+TrainingReport = Callable[[Update | RunEstimate], None]
 
 
 class Clock:
     """Rates and remaining time of a stage."""
 
-    def __init__(self, stage: Stage, done: int, total: int, report: Report):
+    def __init__(self, stage: Stage, done: int, total: int, report: TrainingReport):
         self._stage, self._first, self._total, self._report = stage, done, total, report
         self._began, self._tokens, self._done = time.perf_counter(), 0, done
 
     def advance(self, done: int, tokens: int, figures: Mapping[str, float] | None = None) -> None:
-        """Report `done` of the total; `tokens` were processed since the last report."""
+        """TrainingReport `done` of the total; `tokens` were processed since the last report."""
         self._done, self._tokens = done, self._tokens + tokens
         self._send(self._stage, figures or {})
 
     def note(self, stage: Stage, figures: Mapping[str, float]) -> None:
-        """Report something that happened between two steps."""
+        """TrainingReport something that happened between two steps."""
         self._send(stage, figures)
 
     def _send(self, stage: Stage, figures: Mapping[str, float]) -> None:

@@ -1,27 +1,34 @@
-"""From a recipe and data files to a finished run."""
+"""From a recipe and data files to a finished run: load what it needs, train, keep the best."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from kangaroo import demo
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.drafters.medusa.heads import MedusaConfig, MedusaHeads
 from kangaroo.errors import ConfigError
-from kangaroo.loading import load_tokenizer
-from kangaroo.training.adapter import train_adapter
-from kangaroo.training.batches import Stream
-from kangaroo.training.corpus import tokenize
-from kangaroo.training.data import choose_documents, hash_files
+from kangaroo.files import write_atomically
+from kangaroo.loading import load_model, load_tokenizer
+from kangaroo.model import Target
+from kangaroo.training.adapter import AdapterObjective
+from kangaroo.training.batches import Packed, Stream
+from kangaroo.training.checkpoint import STATE, find_progress
+from kangaroo.training.corpus import Given, choose_documents, hash_files, tokenize
+from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.loop import Trainer
-from kangaroo.training.medusa import train_medusa
-from kangaroo.training.reading import read_recipe
-from kangaroo.training.recipe import AdapterRecipe, MedusaRecipe, TargetRecipe
-from kangaroo.training.report import Report
-from kangaroo.training.resume import find_progress
-from kangaroo.training.target import NextToken, build_model
-from kangaroo.training.tokenizer import train_tokenizer
+from kangaroo.training.medusa import MedusaObjective
+from kangaroo.training.objective import Objective
+from kangaroo.training.recipe import AdapterRecipe, FrozenTargetRecipe, MedusaRecipe, TargetRecipe, read_recipe
+from kangaroo.training.report import TrainingReport
+from kangaroo.training.synthesis import SYNTHESISED, Synthesis
+from kangaroo.training.target import NextToken, build_model, train_tokenizer
+from kangaroo.training.target_text import REGENERATED, WRITTEN, TargetText
 
 
 def train(
@@ -30,28 +37,54 @@ def train(
     *,
     overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
-    report: Report = lambda _: None,
+    report: TrainingReport = lambda _: None,
 ) -> Path:
     """Train what the recipe says on the files named, or on text of the target's own; returns the best weights' folder.
 
     A recipe with a synthesis section takes no `data`; any other takes at least one file.
 
-    `overrides` replace values of the recipe by dotted key ("schedule.steps"). `report` receives an Estimate before the
-    first step and Updates along the way. With `resume` the run in the recipe's output folder goes on from its last
+    `overrides` replace values of the recipe by dotted key ("schedule.steps"). `report` receives a RunEstimate before
+    the first step and Updates along the way. With `resume` the run in the recipe's output folder goes on from its last
     checkpoint, to the same weights as if it had never stopped.
 
     Raises ConfigError, DataError, ModelError or CapacityError; Interrupted, a KeyboardInterrupt, after Ctrl-C.
     """
     settings = read_recipe(recipe, overrides)
-    if isinstance(settings, AdapterRecipe):
-        return train_adapter(settings, data, report, resume=resume)
-    if isinstance(settings, MedusaRecipe):
-        return train_medusa(settings, data, report, resume=resume)
-    assert isinstance(settings, TargetRecipe), "read_recipe knows no other kind"
-    return train_target(settings, data, report, resume=resume)
+    if isinstance(settings, TargetRecipe):
+        return train_target(settings, data, report, resume=resume)
+    assert isinstance(settings, AdapterRecipe | MedusaRecipe), "read_recipe knows no other kind"
+    return train_for_target(settings, data, report, resume=resume)
 
 
-def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: Report, *, resume: bool) -> Path:
+TEXTS = (WRITTEN, REGENERATED, SYNTHESISED)
+"""What the target writes for a run. Each file says what it was written for, and is replaced where that is another."""
+
+
+def train_beside(
+    recipe: Path,
+    data: Sequence[Path],
+    others: Sequence[Path],
+    *,
+    overrides: Mapping[str, Any],
+    report: TrainingReport = lambda _: None,
+) -> Path:
+    """As `train`, from the start or from where the run in the output folder stopped; returns the folder of the best.
+
+    A run that starts takes the texts in the latest of the `others`, folders of trainings, that has them. Where its own
+    would be the same, the target need not write them again.
+    """
+    folder = read_recipe(recipe, overrides).output
+    started = (folder / STATE).is_file()
+    if not started:
+        for name in TEXTS:
+            found = [other / name for other in others if (other / name).is_file()]
+            if found and not (folder / name).exists():
+                source = found[-1]
+                write_atomically(folder / name, lambda part, source=source: shutil.copyfile(source, part))  # type: ignore[misc]
+    return train(recipe, data, overrides=overrides, resume=started, report=report)
+
+
+def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingReport, *, resume: bool) -> Path:
     """Train a model from scratch, and its tokenizer unless the recipe names one."""
     identity = {"data": hash_files(paths)}
     tokenizer = None if recipe.model.tokenizer is None else take_tokenizer(recipe.model.tokenizer)
@@ -77,3 +110,90 @@ def take_tokenizer(name: str) -> Any:
     if not tokenizer.is_fast:
         raise ConfigError(f"{name} has no tokenizer.json, which model.tokenizer needs")
     return tokenizer
+
+
+def train_for_target(
+    recipe: AdapterRecipe | MedusaRecipe, paths: Sequence[Path], report: TrainingReport, *, resume: bool
+) -> Path:
+    """Train what drafts for the recipe's frozen target; returns the folder of the best weights.
+
+    A recipe with a synthesis section takes no `paths`; any other takes at least one.
+    """
+    if recipe.synthesis is not None and paths:
+        raise ConfigError(
+            "the recipe's [synthesis] section makes the text itself: drop the data files (--data), or drop the section"
+        )
+    given = Given(paths) if recipe.synthesis is None else None
+    target, tokenizer = load_target(recipe)
+    if recipe.schedule.longest > target.context:
+        raise ConfigError(
+            f"sequences of {recipe.schedule.longest} tokens exceed the target's context of {target.context} "
+            "(schedule.sequence_length)"
+        )
+    make_objective = _new_objective(target, recipe)
+    source = given or Synthesis(target, tokenizer, recipe, report)
+    progress = find_progress(recipe, {"data": source.digest, "target": target.fingerprint}, resume=resume)
+    training, held_out = choose_documents(source.files(), recipe.data, recipe.seed)
+    author = TargetText(target, tokenizer, recipe, report)
+    objective = make_objective(author.held_out(held_out))
+    return Trainer(objective, Packed(author.training(training)), recipe, progress).fit(report)
+
+
+def _new_objective(target: Target, recipe: AdapterRecipe | MedusaRecipe) -> Callable[[HeldOut], Objective]:
+    # The weights are made at once, so that what cannot be is refused before the target writes anything.
+    if isinstance(recipe, AdapterRecipe):
+        adapter = new_adapter(target, recipe)
+        return lambda held_out: AdapterObjective(target, adapter, held_out, recipe)
+    heads = new_heads(target, recipe)
+    return lambda held_out: MedusaObjective(target, heads, held_out, recipe)
+
+
+def load_target(recipe: FrozenTargetRecipe) -> tuple[Target, Any]:
+    """The frozen target and its tokenizer. Raises ModelError if they cannot be loaded."""
+    name = str(demo.TARGET) if recipe.target == "demo" else recipe.target
+    dtype = None if recipe.run.dtype == "auto" else getattr(torch, recipe.run.dtype)
+    if dtype is None and not torch.cuda.is_available():
+        dtype = torch.float32
+    model = load_model(name, dtype).requires_grad_(False)
+    return Target(model), load_tokenizer(name)
+
+
+def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
+    """The adapter as training begins.
+
+    Raises ConfigError if the target has no such layer, or none to start from, or if a trained adapter is of another
+    shape than the recipe's; AdapterError if there is none, or it belongs to another target.
+    """
+    config = AdapterConfig(
+        exit_layer=recipe.adapter.exit_layer,
+        variant=recipe.adapter.variant,
+        max_draft=recipe.evaluation.max_draft,
+        threshold=recipe.evaluation.threshold,
+    )
+    adapter = Adapter(target, config)
+    init = recipe.adapter.init
+    if init in ("target", "random"):
+        adapter.initialise(recipe.seed, from_target=init == "target")
+    else:
+        _take_over(adapter, demo.ADAPTER if init == "demo" else Path(init))
+    return adapter
+
+
+def _take_over(adapter: Adapter, folder: Path) -> None:
+    trained = Adapter.load(folder, adapter.target)
+    for name in ("exit_layer", "variant"):
+        wanted, found = getattr(adapter.config, name), getattr(trained.config, name)
+        if wanted != found:
+            raise ConfigError(
+                f"adapter.{name} is {wanted!r}, but the adapter that adapter.init names has {found!r}; say the same, "
+                'or start from the target (adapter.init = "target")'
+            )
+    # From the file once more: what was loaded has the target's precision, which may be lower than that of training.
+    adapter.load_state_dict(load_file(folder / Adapter.file))
+
+
+def new_heads(target: Target, recipe: MedusaRecipe) -> MedusaHeads:
+    """The untrained heads."""
+    heads = MedusaHeads(target, MedusaConfig(heads=recipe.medusa.heads))
+    heads.initialise(recipe.seed, from_target=recipe.medusa.init == "target")
+    return heads

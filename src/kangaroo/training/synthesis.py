@@ -6,11 +6,13 @@ would speak goes on as the user. A target without a template goes on from the be
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kangaroo.documents import read_documents
+from kangaroo.documents import Document, apply_template, read_documents
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_text
 from kangaroo.loading import end_tokens
@@ -18,10 +20,64 @@ from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
 from kangaroo.text import Tokenizer
-from kangaroo.training.answers import Writer
 from kangaroo.training.recipe import FrozenTargetRecipe
-from kangaroo.training.report import Report, Stage
-from kangaroo.training.turns import Frame, special_tokens
+from kangaroo.training.report import Stage, TrainingReport
+from kangaroo.training.target_text import Writer
+
+MARK = "kangaroo-user-turn"
+SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s|$)|[。！？]""")
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Token id -> text of the tokens that no turn holds: they end it."""
+    return {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a chat template puts around the first turn of a user."""
+
+    before: str
+    after: str
+    """Up to where the answer begins."""
+    stop: str
+    """Text that ends a turn; empty where a special token does, or nothing."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Frame":
+        """That of a tokenizer's own template. Raises DataError if a turn does not appear in it once, as it is."""
+        document = Document("synthesis", where="[synthesis]")
+        text = apply_template(document, tokenizer, [{"role": "user", "content": MARK}], prompt=True)
+        if text.count(MARK) != 1:
+            raise DataError(
+                f"[synthesis]: the chat template shows what a user says {text.count(MARK)} times instead of once, so "
+                "that there is no place for the target to say it; give documents with --data"
+            )
+        before, after = text.split(MARK)
+        return cls(before, after, _stop(after, tokenizer))
+
+    def turn(self, text: str, *, ended: bool) -> str:
+        """The turn in a sampled text; one that was not `ended`, and has no end of its own, is cut."""
+        if self.stop and self.stop in text:
+            text, ended = text[: text.index(self.stop)], True
+        return text.strip() if ended else cut(text)
+
+
+def _stop(after: str, tokenizer: Any) -> str:
+    line = after.strip().split("\n")[0]
+    for special in special_tokens(tokenizer).values():
+        line = line.split(special)[0]
+    return line.strip()
+
+
+def cut(text: str) -> str:
+    """A text that breaks off, up to its last whole sentence; without one, up to its last whole word."""
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    if ends:
+        return text[: ends[-1]].strip()
+    words = text.rsplit(maxsplit=1)
+    return words[0].strip() if words else ""
+
 
 SYNTHESISED, SAMPLED, ANSWERED = "synthesised.jsonl", "synthesised-sampled.jsonl", "synthesised-answered.jsonl"
 
@@ -33,7 +89,7 @@ class Synthesis:
     for a template without a place for the user's turn, and for a tokenizer without a token to begin from.
     """
 
-    def __init__(self, target: Target, tokenizer: Any, recipe: FrozenTargetRecipe, report: Report):
+    def __init__(self, target: Target, tokenizer: Any, recipe: FrozenTargetRecipe, report: TrainingReport):
         assert recipe.synthesis is not None, "the recipe has the section"
         self.settings, self.recipe = recipe.synthesis, recipe
         self.target, self.tokenizer, self.report = target, Tokenizer(tokenizer), report

@@ -9,29 +9,8 @@ bound knows of prefill, so both belong beside the speed-up of decoding alone.
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
-from kangaroo.bench.cost import decoder_costs
+from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.report.statistics import Summary
-from kangaroo.decoder import Decoder
-from kangaroo.drafters.costs import Costs
-from kangaroo.drafters.kangaroo import Kangaroo
-from kangaroo.drafters.llma import LLMA
-from kangaroo.drafters.prompt_lookup import PromptLookup
-from kangaroo.drafters.rest import Rest
-
-COPYING = (PromptLookup, LLMA, Rest)
-"""What drafts without a model."""
-
-
-class MethodCosts(BaseModel):
-    """What one method's rounds cost, as a run's provenance stores it under `costs`, by the method's name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    draft_share: float | None = None
-    """Weights read to draft a token over those of a plain step; 0 for what drafts without a model."""
-    measured: Costs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +29,3 @@ def bounds(summary: Summary, costs: MethodCosts | None) -> Bounds:
     weights = None if costs.draft_share is None else emitted / (summary.rounds + costs.draft_share * drafted)
     passes = None if costs.measured is None else costs.measured.bound(list(summary.drafted.elements()), emitted)
     return Bounds(weights, passes)
-
-
-def method_costs(decoder: Decoder) -> MethodCosts | None:
-    """What the rounds of a decoder's drafter cost: counted, and for a self-drafted chain timed too.
-
-    None where records do not tell how often weights were read to draft: a tree drafts several tokens in one pass.
-    """
-    drafter = decoder.make_drafter()
-    if isinstance(drafter, Kangaroo):
-        measured = decoder_costs(decoder, nodes=drafter.nodes)
-        return MethodCosts(draft_share=drafter.model.weight_share, measured=measured)
-    return MethodCosts(draft_share=0.0) if isinstance(drafter, COPYING) else None

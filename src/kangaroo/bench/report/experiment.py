@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from kangaroo.bench.experiment import ExperimentSection
+from kangaroo.bench.published import EXPERIMENTS, PublishedPoint
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE
 from kangaroo.bench.report.grid import OVERALL
 from kangaroo.bench.report.projection.trace import Trace
-from kangaroo.bench.report.published import EXPERIMENTS, PublishedPoint
 from kangaroo.bench.report.results import Run
 from kangaroo.bench.report.statistics import Estimate, Summary, ratio
 from kangaroo.bench.report.tables import task_name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kangaroo.bench.report.experiment import Experiment, Place, make_experiment
 from kangaroo.bench.report.results import Run, read_runs
-from kangaroo.bench.sweep import read_sweep
+from kangaroo.bench.run import read_sweep
 
 
 @dataclass(frozen=True, slots=True)

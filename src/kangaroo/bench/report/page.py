@@ -8,8 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kangaroo.bench.report.experiment import Experiment
-from kangaroo.bench.report.experiment_plot import experiment_plot
-from kangaroo.bench.report.experiment_table import experiment_table
+from kangaroo.bench.report.experiment_plot import experiment_plot, experiment_table
 from kangaroo.bench.report.plots import Plot, make_plots
 from kangaroo.bench.report.projection.table import beside_published, projected_speedups
 from kangaroo.bench.report.results import Run

@@ -10,10 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from kangaroo import demo
 from kangaroo.bench.answers import ANSWERS
+from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.provenance import PROVENANCE
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import BASELINE, read_records
-from kangaroo.bench.report.bound import Bounds, MethodCosts, bounds
+from kangaroo.bench.report.bound import Bounds, bounds
 from kangaroo.bench.report.counting import AnswerRow, Count, corrected, legacy, read_answers
 from kangaroo.bench.report.grid import OVERALL, Grid, arrange
 from kangaroo.bench.report.statistics import Summary, summarise

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kangaroo.bench.published import PAPER, SOURCE, TASKS
 from kangaroo.bench.records import BASELINE
-from kangaroo.bench.report.differences import FirstDifference
-from kangaroo.bench.report.published import PAPER, SOURCE, TASKS
+from kangaroo.bench.report.grid import FirstDifference
 from kangaroo.bench.report.results import Run
 from kangaroo.bench.report.statistics import PHASES, Estimate, Summary, relative_speeds
-from kangaroo.memory import human_bytes
+from kangaroo.machine import human_bytes
 
 UNKNOWN = "–"
 SHOWN_DIFFERENCES = 20

@@ -8,7 +8,7 @@ from typing import Any
 from kangaroo.bench.report.results import Run
 from kangaroo.bench.report.statistics import Summary
 from kangaroo.bench.report.tables import UNKNOWN, span
-from kangaroo.memory import human_bytes
+from kangaroo.machine import human_bytes
 
 APART = frozenset({"costs", "output"})
 """What has a table of its own, or says nothing to a reader."""

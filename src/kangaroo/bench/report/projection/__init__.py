@@ -8,12 +8,12 @@ pieces, `known.py` has those of others, `table.py` shows what comes out.
 
 import numpy as np
 
-from kangaroo.adapter import Variant
 from kangaroo.bench.report.projection.passes import Hardware, make_pieces
 from kangaroo.bench.report.projection.shapes import Shape
 from kangaroo.bench.report.projection.trace import Trace
 from kangaroo.bench.report.statistics import Estimate, ratio
-from kangaroo.drafters.costs import CONTEXT
+from kangaroo.drafters.kangaroo.adapter import Variant
+from kangaroo.drafters.kangaroo.costs import CONTEXT
 
 
 def project(

@@ -8,9 +8,9 @@ import math
 
 import numpy as np
 
-from kangaroo.bench.report.bootstrap import Array
 from kangaroo.bench.report.projection.passes import Hardware, Pieces, Work
-from kangaroo.drafters.costs import Costs
+from kangaroo.bench.report.statistics import Array
+from kangaroo.drafters.kangaroo.costs import Costs
 from kangaroo.errors import DataError
 
 

@@ -1,8 +1,8 @@
 """Models and machines to project to: published configurations, vendors' data sheets, and how far peaks are reached."""
 
+from kangaroo.bench.report.projection.parameters import TargetShape
 from kangaroo.bench.report.projection.passes import Hardware
 from kangaroo.bench.report.projection.shapes import Kernels, Shape
-from kangaroo.parameters import TargetShape
 
 
 def _llama(name: str, layers: int, width: int, mlp_width: int, heads: tuple[int, int]) -> Shape:

@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from kangaroo.adapter import Variant
+from kangaroo.bench.report.projection.parameters import adapter_parameters
 from kangaroo.bench.report.projection.shapes import Shape
-from kangaroo.drafters.costs import CONTEXT, Costs
+from kangaroo.drafters.kangaroo.adapter import Variant
+from kangaroo.drafters.kangaroo.costs import CONTEXT, Costs
 from kangaroo.errors import ConfigError
-from kangaroo.parameters import adapter_parameters
 
 
 @dataclass(frozen=True, slots=True)

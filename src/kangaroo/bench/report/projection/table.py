@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kangaroo.adapter import Variant
+from kangaroo.bench.published import PAPER, SOURCE, TASKS
 from kangaroo.bench.report.projection import project
 from kangaroo.bench.report.projection.known import A100, CASES, MACHINES, VICUNA_7B, VICUNA_13B
 from kangaroo.bench.report.projection.passes import Hardware, make_pieces
 from kangaroo.bench.report.projection.shapes import Shape
 from kangaroo.bench.report.projection.trace import Trace
-from kangaroo.bench.report.published import PAPER, SOURCE, TASKS
 from kangaroo.bench.report.tables import UNKNOWN, Table, number, percent, span
+from kangaroo.drafters.kangaroo.adapter import Variant
 
 DEVICES = (1, 2, 4, 8)
 ROOM = 1.2

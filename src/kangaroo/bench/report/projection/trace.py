@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from kangaroo.bench.records import Record
-from kangaroo.bench.report.bootstrap import Array
+from kangaroo.bench.report.statistics import Array
 from kangaroo.errors import DataError
 
 STEEPEST = 64.0

@@ -1,0 +1,257 @@
+"""How results look: colour and bars for people, JSON for machines, plain text in a pipe."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from kangaroo.bench.check import CheckReport, Divergence
+from kangaroo.bench.compare import Comparison, Line
+from kangaroo.decoder import Completion, Decoder, Stats
+from kangaroo.machine import human_bytes
+from kangaroo.sampling import Sampling
+from kangaroo.text import Prompt
+from kangaroo.training.estimate import RunEstimate
+from kangaroo.training.report import Update
+
+# A pipe has no width that tables would have to fit into.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+notes = Console(stderr=True, highlight=False)
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def print_error(message: str) -> None:
+    """One line on standard error."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A model's text for a terminal: control characters are shown, not obeyed. Piped text stays as it is."""
+    return text.translate(_CONTROL_PICTURES) if out.is_terminal else text
+
+
+def stream_answer(
+    decoder: Decoder, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
+) -> str:
+    """Stream an answer: green and underlined where drafted and accepted, plain where the token is the target's own."""
+    parts = []
+    for piece in decoder.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
+        parts.append(piece.text)
+        out.print(Text(printable(piece.text), style="green underline" if piece.drafted else ""), end="")
+    out.print()
+    stats = decoder.stats
+    drafted = f"{stats.accepted} of {stats.emitted} tokens drafted" if stats.accepted else f"{stats.emitted} tokens"
+    notes.print(
+        f"{drafted}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim"
+    )
+    return "".join(parts)
+
+
+def show_batch(prompts: list[str], done: list[Completion], stats: Stats) -> None:
+    """Answers of a batch, in order."""
+    for prompt, answer in zip(prompts, done, strict=True):
+        out.print(Text(f"> {prompt}", style="dim"))
+        out.print(Text(printable(answer.text) + "\n"))
+    notes.print(f"{stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim")
+
+
+def completion_facts(prompt: str, completion: Completion) -> dict[str, Any]:
+    """A completion for machines."""
+    return {"prompt": prompt, **asdict(completion)}
+
+
+def stats_facts(stats: Stats) -> dict[str, Any]:
+    """Stats for machines."""
+    return {
+        "emitted": stats.emitted,
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "cr": stats.compression_rate,
+        "tokens_per_second": stats.tokens_per_second,
+    }
+
+
+def comparison_facts(result: Comparison, decoder: Decoder, sampling: Sampling) -> dict[str, Any]:
+    """The figures of a comparison, for people and machines alike."""
+    varied = result.without_repetitions()
+    return {
+        "identical": result.identical,
+        "differing": len(result.differing),
+        "speedup": round(result.speedup, 3),
+        "cr": round(result.compression_rate, 3),
+        "tokens_per_second": round(result.method_speed, 1),
+        "baseline_tokens_per_second": round(result.baseline_speed, 1),
+        "decode_speedup": round(result.decode_speedup, 3),
+        "speedup_without_repetitions": round(varied.speedup, 3) if varied.pairs else None,
+        "cr_without_repetitions": round(varied.compression_rate, 3) if varied.pairs else None,
+        "prompts": len(result.pairs),
+        "prompts_without_repetitions": len(varied.pairs),
+        "tokens": sum(len(pair.method.completion.tokens) for pair in result.pairs),
+        "temperature": sampling.temperature,
+        "dtype": str(decoder.target.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def show_comparison(facts: dict[str, Any]) -> None:
+    """The closing lines of a comparison."""
+    verdict = "identical, every token"
+    if facts["differing"]:
+        verdict = f"{facts['differing']} differ, {facts['ties']} of them by a tie in rounding; see `kangaroo check`"
+    setting = f"{facts['dtype']}, threads: {facts['threads']}, temperature {facts['temperature']:g}"
+    out.print(f"{facts['prompts']} held-out prompts, {facts['tokens']} tokens, {setting}")
+    out.print(f"  plain decoding  {facts['baseline_tokens_per_second']:7.1f} tokens/s")
+    out.print(f"  Kangaroo        {facts['tokens_per_second']:7.1f} tokens/s, {facts['cr']:.2f} tokens per round")
+    out.print(f"  speed-up        {facts['speedup']:7.2f} times")
+    out.print(f"  texts           {verdict}")
+
+
+def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str]) -> None:
+    """What a check of one or more drafters found."""
+    table = Table(box=None)
+    for heading in ("drafter", "answers", "tokens", "rounds that accepted none", "some", "all", "had no draft", ""):
+        table.add_column(heading, justify="left" if heading in ("drafter", "") else "right")
+    for name, report in reports.items():
+        rounds = report.rounds
+        counts = (report.answers, report.tokens, rounds.none, rounds.some, rounds.all, rounds.undrafted)
+        table.add_row(name, *map(str, counts), "lossless" if report.problem is None else f"FAILED: {report.problem}")
+    _print_table(table, left_out)
+    for name, report in reports.items():
+        for found in report.differences[:10]:
+            out.print(f"{name}: {_difference_line(found)}")
+    if all(report.problem is None for report in reports.values()):
+        out.print("lossless: every token is the same")
+
+
+def _difference_line(found: Divergence) -> str:
+    return (
+        f"prompt {found.prompt}, temperature {found.temperature:g}, batch {found.batch}: token {found.position} is "
+        f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}, float64 draws {found.float64}"
+        f"{' (a tie)' if found.is_tie else ''}"
+    )
+
+
+def show_lines(lines: Sequence[Line], left_out: dict[str, str]) -> None:
+    """Methods side by side."""
+    table = Table(box=None)
+    figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
+    for heading in ("drafter", "text", *figures):
+        table.add_column(heading, justify="left" if heading in ("drafter", "text") else "right")
+    for line in lines:
+        shares = (f"{part / line.seconds:.0%}" for part in (line.prefill, line.draft, line.verify, line.rest))
+        table.add_row(
+            line.method,
+            "identical" if line.identical else "DIFFERS",
+            f"{line.tokens_per_second:.1f}",
+            f"{line.speedup:.2f}",
+            f"{line.compression_rate:.2f}",
+            str(line.drafted),
+            str(line.accepted),
+            *shares,
+        )
+    _print_table(table, left_out)
+
+
+def _print_table(table: Table, left_out: dict[str, str]) -> None:
+    out.print(table)
+    for name, reason in left_out.items():
+        out.print(f"left out: {name} ({reason})", style="dim")
+
+
+def show_table(facts: dict[str, Any]) -> None:
+    """Names and values."""
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _readable(value))
+    out.print(table)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key}: {_readable(entry)}" for key, entry in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def progress(description: str, total: int, *, hidden: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; call what it yields with how many more pieces of work are finished."""
+    with _bar(hidden) as bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def countdown(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left; call what it yields with (done, total), first before anything is done."""
+    starts: list[tuple[float, int]] = []
+    with _bar() as bar:
+        task = bar.add_task(description, total=None, note="")
+
+        def show(done: int, total: int) -> None:
+            starts.append((time.perf_counter(), done))
+            (began, first), (here, _) = starts[0], starts[-1]
+            left = (here - began) / (done - first) * (total - done) if done > first else float("inf")
+            bar.update(task, completed=done, total=total, note=f"{_clock(left)} left")
+
+        yield show
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Update | RunEstimate], None]]:
+    """A bar per stage with throughput and time left; estimates and evaluations are lines above it."""
+    tasks: dict[str, TaskID] = {}
+    with _bar() as bar:
+
+        def show(news: Update | RunEstimate) -> None:
+            if isinstance(news, RunEstimate):
+                bar.print(_estimate_line(news))
+            elif news.stage == "evaluate":
+                shown = "  ".join(f"{k.removeprefix('held_out/')} {v:.4g}" for k, v in news.figures.items())
+                bar.print(shown)
+            else:
+                if news.stage not in tasks:
+                    tasks[news.stage] = bar.add_task(news.stage, total=news.total, note="")
+                loss = f"loss {news.figures['loss']:.3f}  " if "loss" in news.figures else ""
+                note = f"{loss}{news.tokens_per_second:,.0f} tokens/s  {_clock(news.eta)} left"
+                bar.update(tasks[news.stage], completed=news.done, note=note)
+
+        yield show
+
+
+def _bar(hidden: bool = False) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
+    )
+    return Progress(*columns, console=notes, disable=hidden)
+
+
+def _estimate_line(news: RunEstimate) -> str:
+    fits = "" if news.fits else f", more than the {human_bytes(news.available_bytes)} that are free"
+    return (
+        f"{news.parameters:,} trained parameters; about {human_bytes(news.peak_bytes)} of memory{fits}; "
+        f"{news.seconds_per_step:.2f} s a step, {_clock(news.seconds)} in all"
+    )
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,1 @@
+"""Drafters that copy text: from the context, from reference documents, from a datastore."""

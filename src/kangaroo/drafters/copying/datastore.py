@@ -1,0 +1,143 @@
+"""A datastore: tokenised text with its suffix array, in one file that is memory-mapped and never changes.
+
+The file is in safetensors format: `tokens` and `order` as in SuffixArray, and what they were made of as metadata.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kangaroo.documents import Document, read_as_model
+from kangaroo.drafters.copying.suffixes import Bytes, SuffixArray, bytes_to_sort, join, load_sorter
+from kangaroo.errors import CapacityError, ConfigError, DataError
+from kangaroo.files import write_atomically
+from kangaroo.machine import available_bytes, human_bytes
+
+KIND, VERSION = "kangaroo datastore", 1
+_CHUNK = 256
+
+Stage = Literal["tokenise", "sort", "write"]
+BuildReport = Callable[[Stage, int], None]
+"""Called with what is being done and how many more documents are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Datastore:
+    """An open datastore. Any number of drafters may share one."""
+
+    suffixes: SuffixArray
+    vocab_size: int
+    """Token ids that the model can make use of lie below this."""
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return self.suffixes.documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return len(self.suffixes.order) - self.documents
+
+    @classmethod
+    def open(cls, path: Path, tokenizer: Any, vocab_size: int) -> "Datastore":
+        """Map a file into memory, for a model of that tokenizer and vocabulary size.
+
+        Raises DataError if there is none, if it is damaged or of a newer version, or if its tokenizer is another.
+        """
+        if not path.is_file():
+            raise DataError(f"there is no datastore at {path}: build one with `kangaroo datastore build`")
+        suffixes, built_with = _read(path)
+        if built_with != _fingerprint(tokenizer):
+            name = getattr(tokenizer, "name_or_path", "") or "this model"
+            raise DataError(
+                f"{path} was built with another tokenizer than that of {name}: "
+                f"build one with `kangaroo datastore build --model {name}`"
+            )
+        return cls(suffixes, min(suffixes.vocab_size, vocab_size))
+
+
+def build_datastore(
+    documents: Iterable[Document], tokenizer: Any, path: Path, report: BuildReport = lambda stage, done: None
+) -> Datastore:
+    """Tokenise documents, sort their suffixes, and write the file, which appears whole or not at all.
+
+    Raises ConfigError without the datastore extra, DataError for documents that cannot be rendered, CapacityError if
+    sorting needs more memory than there is.
+    """
+    sort, vocab_size = load_sorter(), max(tokenizer.get_vocab().values()) + 1
+    if path.is_dir():
+        raise ConfigError(f"a datastore is one file, but {path} is a folder: name a file in it")
+    tokens = join(_tokenise(documents, tokenizer, report), vocab_size)
+    if not len(tokens):
+        raise DataError("there are no documents to build a datastore from")
+    _check_memory(tokens)
+    report("sort", 0)
+    suffixes = SuffixArray(tokens, sort(tokens), vocab_size)
+    report("write", 0)
+    write_atomically(path, lambda part: _write(part, suffixes, _fingerprint(tokenizer)))
+    return Datastore.open(path, tokenizer, vocab_size)
+
+
+def _tokenise(documents: Iterable[Document], tokenizer: Any, report: BuildReport) -> Iterator[list[int]]:
+    remaining = iter(documents)
+    while chunk := list(islice(remaining, _CHUNK)):
+        texts = [read_as_model(document, tokenizer) for document in chunk]
+        yield from tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        report("tokenise", len(chunk))
+
+
+def _check_memory(tokens: Bytes) -> None:
+    need, free = bytes_to_sort(*tokens.shape), available_bytes(torch.device("cpu"))
+    if need > free:
+        raise CapacityError(
+            f"sorting {len(tokens):,} tokens needs {human_bytes(need)} of memory, but {human_bytes(free)} are free: "
+            "build the datastore from less text"
+        )
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """Equal for tokenizers whose ids stand for the same strings."""
+    vocabulary = sorted((token, name) for name, token in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, suffixes: SuffixArray, tokenizer: str) -> None:
+    facts = {
+        "kind": KIND,
+        "version": str(VERSION),
+        "tokenizer": tokenizer,
+        "vocab_size": str(suffixes.vocab_size),
+        "documents": str(suffixes.documents),
+        "tokens": str(len(suffixes.order) - suffixes.documents),
+    }
+    save_file({"tokens": suffixes.tokens, "order": suffixes.order}, path, metadata=facts)
+
+
+def _read(path: Path) -> tuple[SuffixArray, str]:
+    """(what a file holds, mapped into memory, the fingerprint of the tokenizer it was built with)."""
+    try:
+        # Of safetensors' frameworks torch is the one that maps arrays instead of copying them.
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("kind") != KIND:
+                raise DataError(f"{path} is not a datastore: build one with `kangaroo datastore build`")
+            if int(facts["version"]) > VERSION:
+                raise DataError(
+                    f"{path} is a datastore of version {facts['version']}, this release reads up to {VERSION}: "
+                    "install a newer one, or build it again with `kangaroo datastore build`"
+                )
+            tokens, order = (file.get_tensor(name).numpy() for name in ("tokens", "order"))
+    except SafetensorError as error:
+        raise DataError(
+            f"{path} is not a datastore, or is cut short ({error}): build it again with `kangaroo datastore build`"
+        ) from None
+    return SuffixArray(tokens, order, int(facts["vocab_size"])), facts["tokenizer"]

@@ -1,0 +1,126 @@
+"""Kangaroo's chain: draft one token at a time, stop when the self-draft model is unsure (Liu et al. 2024, section 3.2).
+
+The unsure token stays in the draft: confidence only decides whether to go on. Each row stops by its own confidence, and
+the loop ends when every row has stopped. Differences from the authors' release: any batch, sampling, and the room a row
+has left bounds its draft.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from kangaroo.drafters.chain import Stopping, Threshold
+from kangaroo.drafters.kangaroo.adapter import Adapter
+from kangaroo.drafters.kangaroo.calibration import Calibration
+from kangaroo.drafters.kangaroo.costs import measure_costs
+from kangaroo.drafters.kangaroo.self_draft import SelfChain, SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
+from kangaroo.drafters.settings import Settings, configure
+from kangaroo.errors import ConfigError
+from kangaroo.model import Target
+from kangaroo.state import Committed, State
+from kangaroo.tree import Draft
+
+StopRule = Literal["threshold", "auto"]
+COSTS = ("draft_cost", "node_cost", "start_cost")
+LONGEST, MEASURED = 10, 12
+"""Tokens that "auto" drafts at most unless told otherwise; repeats of the measurement of its costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainConfig:
+    """When to stop drafting."""
+
+    max_draft: int = 6
+    """The paper's gamma: drafted tokens per round at most."""
+    threshold: float = 0.6
+    """The paper's eta: stop after a token whose top-1 probability was below it; 0 drafts a fixed length."""
+    stop: StopRule = "threshold"
+    """"auto" needs no threshold: it drafts on while the next token is expected to pay, by the adapter's calibration."""
+    draft_cost: float | None = None
+    """For "auto": cost of drafting a token, in plain steps; None measures it when the drafter is made."""
+    node_cost: float | None = None
+    """For "auto": cost of verifying one more token; likewise."""
+    start_cost: float | None = None
+    """For "auto": what a round that drafts costs beyond its tokens; likewise."""
+
+    def __post_init__(self) -> None:
+        if self.stop not in get_args(StopRule):
+            raise ConfigError(f"stop must be one of {', '.join(get_args(StopRule))}, got {self.stop!r}")
+        for name in COSTS:
+            cost = getattr(self, name)
+            if cost is not None and not 0 <= cost < math.inf:
+                raise ConfigError(f"{name} is a cost in plain steps, at least 0, got {cost}")
+        if self.max_draft < 1:
+            raise ConfigError(f"max_draft must be at least 1, got {self.max_draft}")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold is a probability in [0, 1], got {self.threshold}")
+
+
+class Kangaroo:
+    """Shallow layers and adapter draft a chain; without an adapter this is plain early exit."""
+
+    def __init__(
+        self,
+        target: Target,
+        adapter: Adapter | None,
+        exit_layer: int,
+        config: ChainConfig,
+        stopping: Stopping | None = None,
+    ):
+        """`stopping` overrides the threshold of the config."""
+        self.model, self._stopping = SelfDraft(target, adapter, exit_layer), stopping or Threshold(config.threshold)
+        self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
+        self.nodes = config.max_draft + 1
+        self._chain = SelfChain(self.model, self.nodes)
+        self._drafted = torch.zeros(0, dtype=torch.int64)
+
+    def observe(self, state: State, committed: Committed) -> None:
+        """Feed the adapter what it has not seen, and the stopping rule what became of the draft."""
+        self._chain.observe(state, committed)
+        self._stopping.observe(state, committed, self._drafted)
+
+    def draft(self, state: State) -> Draft:
+        """One token per step until every row stops, has no room, or has drafted `max_draft`."""
+        drafted = self._chain.grow(state, torch.full_like(state.room, self.nodes - 1), self._stopping)
+        self._drafted = drafted.valid.sum(1) - 1
+        return self._chain.finish(state, drafted)
+
+
+def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
+    """Settings: adapter, and those of ChainConfig, which default to what the adapter was evaluated with."""
+    adapter = load_adapter(target, settings)
+    auto = settings.get("stop") == "auto"
+    evaluated = {"max_draft": LONGEST if auto else adapter.config.max_draft, "threshold": adapter.config.threshold}
+    config = configure(ChainConfig, evaluated | dict(settings), also=("adapter",))
+    exit_layer = adapter.config.exit_layer
+    if not auto:
+        return lambda: Kangaroo(target, adapter, exit_layer, config)
+    calibration = Calibration.load(Path(settings["adapter"]))
+    costs = _costs(SelfDraft(target, adapter, exit_layer), config)
+    return lambda: Kangaroo(
+        target, adapter, exit_layer, config, CostAware(calibration, costs, longest=config.max_draft)
+    )
+
+
+def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
+    """Settings: exit_layer, and those of ChainConfig; confidences are calibrated for adapters only."""
+    exit_layer = choose_exit_layer(target, settings)
+    config = configure(ChainConfig, settings, also=("exit_layer",))
+    if config.stop == "auto":
+        raise ConfigError("stop = 'auto' needs an adapter, whose training calibrates its confidence; set a threshold")
+    return lambda: Kangaroo(target, None, exit_layer, config)
+
+
+def _costs(model: SelfDraft, config: ChainConfig) -> DraftCosts:
+    """As configured, or measured."""
+    given = {name: getattr(config, name) for name in COSTS}
+    if None in given.values():
+        measured = measure_costs(model.target, model, repeats=MEASURED)
+        shares = dict(zip(COSTS, (measured.draft_share, measured.node_share, measured.start_share), strict=True))
+        given = {name: shares[name] if cost is None else cost for name, cost in given.items()}
+    return DraftCosts(token=given["draft_cost"] + given["node_cost"], start=given["start_cost"])

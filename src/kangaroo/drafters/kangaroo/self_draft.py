@@ -1,0 +1,139 @@
+"""The self-draft model (the target's first layers, the adapter, the target's head), and chains drafted by it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kangaroo.cache import LayerShape
+from kangaroo.drafters.chain import Chain, Stopping, draft_chain
+from kangaroo.drafters.kangaroo.adapter import Adapter
+from kangaroo.drafters.settings import Settings, need_path
+from kangaroo.model import Target, check_exit_layer
+from kangaroo.state import Committed, State
+from kangaroo.tree import Draft, Placement, pick, place_at, place_chain
+
+
+class SelfDraft:
+    """q(x | prefix) = softmax(head(adapter(h_E))); without an adapter, the target's own norm stands in (early exit)."""
+
+    def __init__(self, target: Target, adapter: Adapter | None, exit_layer: int):
+        check_exit_layer(exit_layer, target)
+        self.target, self.adapter, self.exit_layer = target, adapter, exit_layer
+        self.taps = () if adapter is None else (exit_layer,)
+        self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers
+        self._unseen: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight_share(self) -> float:
+        """Weights that one draft step reads, as a share of those a plain step reads."""
+        layers = [_weights(layer) for layer in self.target.layers]
+        head, drafting = _weights(self.target.head), sum(layers[: self.exit_layer])
+        if self.adapter is not None:
+            drafting += _weights(self.adapter)
+        if self.adapter is None or self.adapter.head is None:
+            drafting += head
+        return drafting / (sum(layers) + head)
+
+    def states(self, tokens: Tensor, where: Placement, state: State) -> Tensor:
+        """Run the shallow layers on tokens [B, N] -> [B, N, D]."""
+        x, _ = self.target.run(self.target.embed(tokens), where, state.cache, stop=self.exit_layer)
+        return x
+
+    def logits(self, x: Tensor, where: Placement, state: State) -> Tensor:
+        """Draft logits [B, N, V] from the exit layer's states."""
+        if self.adapter is None:
+            return self.target.logits(self.target.norm(x))
+        nodes = x.shape[1]
+        if self._unseen is not None:
+            states, positions = self._unseen
+            x = torch.cat([states, x], 1)
+            where = place_at(torch.cat([positions, where.positions], 1), where.mask.shape[-1])
+            self._unseen = None
+        y = self.adapter(x, where, state.cache)
+        return self.adapter.logits(y[:, -nodes:])
+
+    def observe(self, state: State, committed: Committed, ran: Tensor) -> None:
+        """Prompt tokens pass through the adapter now; of a round's, those that are not marked in `ran` [B, N] wait."""
+        if self.adapter is None:
+            return
+        x = committed.features[self.exit_layer]
+        if committed.path is None:
+            self._forget(committed.where.rows, state)
+            self.adapter(x, committed.where, state.cache)
+            return
+        columns = torch.arange(committed.path.shape[1], device=x.device)
+        done = pick(ran, committed.path) | (columns >= committed.count[:, None])
+        first, last = int(done.long().cumprod(1).sum(1).min()), int(committed.count.max())
+        # Columns some rows have seen already are run again in them, to the same effect.
+        if first < last:
+            self._unseen = x[:, first:last], committed.where.positions[:, first:last]
+
+    def _forget(self, rows: Tensor | None, state: State) -> None:
+        """What waits for the adapter belongs to requests that have left these rows (None: all)."""
+        if self._unseen is None or rows is None:
+            self._unseen = None
+            return
+        states, positions = self._unseen
+        positions = positions.clone()
+        positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
+        self._unseen = states, positions
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def load_adapter(target: Target, settings: Settings) -> Adapter:
+    """The adapter that the settings name. Raises ConfigError or AdapterError."""
+    advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
+    return Adapter.load(need_path(settings, "adapter", advice), target)
+
+
+def choose_exit_layer(target: Target, settings: Settings) -> int:
+    """The setting exit_layer, or an eighth of the layers. Raises ConfigError."""
+    exit_layer = int(settings.get("exit_layer", max(1, target.num_layers // 8)))
+    check_exit_layer(exit_layer, target)
+    return exit_layer
+
+
+class SelfChain:
+    """What a self-drafted chain needs from round to round: `grow`, then `finish`, then `observe`."""
+
+    def __init__(self, model: SelfDraft, nodes: int):
+        """`nodes` a draft may have, the pending token included."""
+        self.model, self.nodes = model, nodes
+        self._steps, self._hidden = 0, list[Tensor]()
+        self._where: Placement | None = None
+
+    def observe(self, state: State, committed: Committed) -> None:
+        """Feed the adapter what it has not seen."""
+        nodes = torch.arange(self.nodes, device=committed.tokens.device)
+        self.model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+
+    def grow(
+        self,
+        state: State,
+        limits: Tensor,
+        stopping: Stopping,
+        replaced: Callable[[Tensor, int], Tensor] = lambda tokens, k: tokens,
+    ) -> Chain:
+        """Draft. `replaced` says which tokens [B, 1] stand at the k-th node in place of those drafted there."""
+        where = self.model.target.prepare(place_chain(state.lengths, self.nodes, state.longest + self.nodes))
+        self._where, self._hidden = where, []
+
+        def step(tokens: Tensor, k: int) -> Tensor:
+            here = where[k : k + 1]
+            self._hidden.append(self.model.states(replaced(tokens, k), here, state))
+            return self.model.logits(self._hidden[-1], here, state)
+
+        drafted = draft_chain(state, limits, stopping, step)
+        self._steps = drafted.steps
+        return drafted
+
+    def finish(self, state: State, drafted: Chain) -> Draft:
+        """The draft, every node of it through the shallow layers: the first part of verifying those not yet run."""
+        assert self._where is not None, "a chain is grown first"
+        rest = self._where[self._steps : drafted.steps + 1]
+        last = self.model.states(drafted.tokens[:, self._steps :], rest, state)
+        return drafted.draft(hidden=torch.cat([*self._hidden, last], 1), layers_done=self.model.exit_layer)
