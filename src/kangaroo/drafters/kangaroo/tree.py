@@ -63,19 +63,20 @@ class KangarooTree:
         self.model, self._config = SelfDraft(target, adapter, exit_layer), config
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = 1 + config.top_k * config.max_draft
-        self._ran = torch.zeros(1, 1, dtype=torch.bool)
+        self._steps = 0
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen."""
-        self.model.observe(state, committed, self._ran)
+        self.model.observe(state, committed, self._steps)
 
     def draft(self, state: State) -> Draft:
         """Grow level by level while some branch is open and some row has room."""
-        levels = max(0, min(self._config.max_draft, int((state.room * state.active).max()) - 1))
+        most = max(row.room * row.active for row in state.rows) - 1
+        levels = max(0, min(self._config.max_draft, most))
         root = state.pending
         sure = torch.ones_like(root, dtype=torch.float32) * state.active[:, None]
         tree = _Growing([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)], sure, [])
-        steps = 0
+        self._steps = 0
         for level in range(levels + 1):
             where = self._place_newest(tree, state)
             x = self.model.states(tree.tokens[-1], where, state)
@@ -84,16 +85,14 @@ class KangarooTree:
             if level == levels or not (open_ & state.active[:, None]).any():
                 break
             self._grow(tree, self.model.logits(x, where, state), open_, state)
-            steps = level + 1
+            self._steps = level + 1
         tokens, parents, valid = tree.joined()
-        self._ran = torch.arange(tokens.shape[1], device=tokens.device) < tokens.shape[1] - tree.tokens[-1].shape[1]
-        self._ran = self._ran.expand(state.batch, -1)
         return Draft(
             tokens=tokens,
             parents=parents,
             valid=valid,
-            depth=steps,
-            stops=self._reasons(state, steps),
+            depth=self._steps,
+            stops=self._reasons(state, self._steps),
             hidden=torch.cat(tree.hidden, 1),
             layers_done=self.model.exit_layer,
         )
@@ -123,8 +122,9 @@ class KangarooTree:
 
     def _reasons(self, state: State, steps: int) -> tuple[Stop, ...]:
         full = Stop.LENGTH if steps == self._config.max_draft else Stop.CONFIDENCE
-        rows = zip(state.active.tolist(), (state.room - 1).tolist(), strict=True)
-        return tuple(Stop.INACTIVE if not active else Stop.ROOM if room <= steps else full for active, room in rows)
+        return tuple(
+            Stop.INACTIVE if not row.active else Stop.ROOM if row.room - 1 <= steps else full for row in state.rows
+        )
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooTree]:

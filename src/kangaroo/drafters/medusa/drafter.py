@@ -95,7 +95,7 @@ class Medusa:
     def draft(self, state: State) -> Draft:
         """One token per head, as far as there is room."""
         x = self._last.normed()
-        limits = self._limit * self._last.known
+        limits = (self._limit * self._last.known).tolist()
         drafted = draft_chain(state, limits, Threshold(0.0), lambda _, k: self.heads.logits(k, x))
         return replace(drafted, stops=_reasons(state, self._last.known, self._limit)).draft()
 
