@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kangaroo.cache import KVCache
 from kangaroo.errors import CapacityError
-from kangaroo.sampling import Prefix, Sampler, Sampling
+from kangaroo.sampling import Columns, Prefix, Sampler, Sampling
 from kangaroo.tree import Draft, Placement, Verdict, pick, place, place_at, place_chain
 
 
@@ -141,7 +141,11 @@ class State:
 
     def prefix(self, nodes: Tensor, parents: Tensor) -> Prefix:
         """What the processors of a draft's nodes [B, N] look back at."""
-        return Prefix(self.tokens, self.lengths, self.prompt_lengths, nodes, parents)
+        return Prefix(self.tokens[:, : self.longest], self.lengths, self.prompt_lengths, nodes, parents)
+
+    def ahead(self, first: int, count: int = 1) -> Columns:
+        """The positions `first`, `first` + 1, ... after each row's pending token, as the host knows them."""
+        return [tuple(row.length + first + i for row in self.rows) for i in range(count)]
 
     def round_counters(self, nodes: int) -> Tensor:
         """[B, N] numbers that no other round of a row uses (its length grows every round), for keying noise."""

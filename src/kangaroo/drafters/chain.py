@@ -140,6 +140,7 @@ def choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor
     prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
     if state.rule == "match":
         # With the target's own noise: where q is close to p, the two draws are the same token.
-        return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), None
+        positions, known = (state.lengths + nodes)[:, None], state.ahead(nodes)
+        return state.sampler.draw(logits, prefix, positions, known=known), None
     counters = state.round_counters(nodes)[:, -1:]
     return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)

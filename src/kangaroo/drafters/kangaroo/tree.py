@@ -111,7 +111,8 @@ class KangarooTree:
         scores = state.sampler.scores(logits, prefix)
         if state.rule == "match":
             depth = len(tree.tokens)
-            scores = state.sampler.perturb(scores, (state.lengths + depth)[:, None].expand(batch, width))
+            positions = (state.lengths + depth)[:, None].expand(batch, width)
+            scores = state.sampler.perturb(scores, positions, known=[*state.ahead(depth)] * width)
         chances, candidates = scores.softmax(-1).topk(min(self._config.top_k, scores.shape[-1]), -1)
         joint = (chances * (tree.scores * open_)[..., None]).flatten(1)
         best, index = joint.topk(min(self._config.top_k, joint.shape[1]), -1)
