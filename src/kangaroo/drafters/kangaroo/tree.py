@@ -18,7 +18,7 @@ from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, Placement, Stop, place
+from kangaroo.tree import Draft, Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,9 @@ class KangarooTree:
         tree = _Growing([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)], sure, [])
         self._steps = 0
         for level in range(levels + 1):
-            where = self._place_newest(tree, state)
+            tokens, parents, valid = tree.joined()
+            everything = state.place(tokens.shape[1], parents)
+            where = everything[tokens.shape[1] - tree.tokens[-1].shape[1] :]
             x = self.model.states(tree.tokens[-1], where, state)
             tree.hidden.append(x)
             open_ = tree.valid[-1] & (tree.scores >= self._config.threshold) & (state.room > level + 1)[:, None]
@@ -86,7 +88,6 @@ class KangarooTree:
                 break
             self._grow(tree, self.model.logits(x, where, state), open_, state)
             self._steps = level + 1
-        tokens, parents, valid = tree.joined()
         return Draft(
             tokens=tokens,
             parents=parents,
@@ -95,12 +96,8 @@ class KangarooTree:
             stops=self._reasons(state, self._steps),
             hidden=torch.cat(tree.hidden, 1),
             layers_done=self.model.exit_layer,
+            where=everything,
         )
-
-    def _place_newest(self, tree: _Growing, state: State) -> Placement:
-        tokens, parents, _ = tree.joined()
-        nodes = tokens.shape[1]
-        return place(state.lengths, parents, state.longest + nodes)[nodes - tree.tokens[-1].shape[1] : nodes]
 
     def _grow(self, tree: _Growing, logits: Tensor, open_: Tensor, state: State) -> None:
         """Add the next level: the best K children of the open nodes."""
