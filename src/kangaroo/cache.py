@@ -45,6 +45,7 @@ class KVCache:
             self._stacks.append((range(layers[0], layers[-1] + 1), keys, values))
         self._keys = [layer for _, keys, _ in self._stacks for layer in keys]
         self._values = [layer for _, _, values in self._stacks for layer in values]
+        self._visible: tuple[int, Views] = 0, {}
         self._rows = {shape.device: torch.arange(batch, device=shape.device) for shape in shapes}
 
     def views(self, layers: range, begin: int, end: int) -> Views:
@@ -57,6 +58,12 @@ class KVCache:
                 pairs = zip(keys[part, :, :, begin:end].unbind(), values[part, :, :, begin:end].unbind(), strict=True)
                 found.update(zip(wanted, pairs, strict=True))
         return found
+
+    def visible(self, extent: int) -> Views:
+        """The first `extent` slots of all layers; the latest are kept, as drafting and verification see the same."""
+        if self._visible[0] != extent:
+            self._visible = extent, self.views(range(len(self._keys)), 0, extent)
+        return self._visible[1]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
         """Store keys and values [B, H, N, dim] of a layer at slots [B, N] of `rows` (None: all rows)."""

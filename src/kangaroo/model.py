@@ -46,7 +46,7 @@ class _Window(Cache):  # type: ignore[misc]
         self._seen: Views | None = None
         self._new: Views | None = None
         if where.rows is None:
-            self._seen = cache.views(layers, 0, self._extent)
+            self._seen = cache.visible(self._extent)
             if where.start is not None:  # then slots are written by a copy: no index, no scatter
                 self._new = cache.views(layers, where.start, where.start + where.slots.shape[1])
 
