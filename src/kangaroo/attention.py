@@ -27,7 +27,7 @@ _HONOURED = {"scaling", "softcap", "s_aux", "position_ids", "sliding_window", "i
 
 @contextmanager
 def steady(config: Any, one: Pass) -> Iterator[None]:
-    """Compute what is inside as one pass, with the attention of layers that share this configuration taken from here."""
+    """Compute what is inside as one pass; layers that share this configuration take their attention from here."""
     plain = config._attn_implementation
     config._attn_implementation = NAME
     try:
@@ -90,14 +90,23 @@ class _Kernel:
     """One way of computing attention, with what a family adds to it."""
 
     def __init__(self, way: Attention, scale: float, softcap: float | None, sinks: Tensor | None):
+        """`sinks` [1, H, Q, 1] are one more thing for a query to attend to, of which nothing is taken."""
         self._by_hand = way.kernel == "math"
         self._scale, self._softcap, self._sinks = scale, softcap, sinks
         assert self._by_hand or (softcap is None and sinks is None), "only attention by hand knows soft-caps and sinks"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        if self._by_hand:
-            return _by_hand(query, key, value, mask, self._scale, self._softcap, self._sinks)
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale)
+        if not self._by_hand:
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale)
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self._scale
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
+        scores = scores + mask
+        if self._sinks is None:
+            return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(query.dtype), value)
+        sinks = self._sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+        return torch.matmul(weights[..., :-1], value)
 
 
 def _in_blocks(one: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, more: dict[str, Any]) -> Tensor:
@@ -119,27 +128,6 @@ def _in_blocks(one: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
         out = kernel(here, key[:, :, :extent], value[:, :, :extent], blocked)
         parts.append(out[:, :, fill[0] : PROMPT_ROWS - fill[1]])
     return torch.cat(parts, 2).transpose(1, 2)
-
-
-def _by_hand(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention as its definition has it; a sink is one more thing to attend to, of which nothing is taken."""
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights if sinks is None else weights[..., :-1], value)
 
 
 def _scale(query: Tensor, more: dict[str, Any]) -> float:

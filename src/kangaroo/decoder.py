@@ -214,6 +214,7 @@ def load(
     drafter: str = "kangaroo",
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
+    exact: bool = True,
     **settings: Any,
 ) -> Decoder:
     """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
@@ -221,7 +222,7 @@ def load(
     `settings` say where drafters' files lie (adapter, heads, draft_model, datastore: the demo model brings them), and
     how this one drafts (max_draft, threshold, exit_layer, ...). `dtype` defaults to the checkpoint's on a
     GPU and to what the CPU runs fastest otherwise. For device maps or quantisation, load the model with transformers
-    and pass it in.
+    and pass it in. `exact=False` gives up the same bits with drafts and without, for what that costs (docs/speed.md).
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
@@ -231,5 +232,6 @@ def load(
         model, files = demo.TARGET, demo.FILES | files
     loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
     tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
-    plain = Decoder(Target(loaded), NoDrafter, tokenizer, end_tokens(loaded), files)
+    target = Target(loaded, exact=exact, pack=loaded is not model)
+    plain = Decoder(target, NoDrafter, tokenizer, end_tokens(loaded), files)
     return plain.with_drafter(drafter, **settings)

@@ -30,6 +30,8 @@ from kangaroo.window import CacheWindow, Recorder
 
 TRIAL = 8  # tokens of the check at load time
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 class Target:
     """A causal LM as embedding, layers, norm and head.
 

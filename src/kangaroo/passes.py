@@ -37,7 +37,7 @@ class Rows:
         if x.shape[0] <= self.most:
             done = product(x)
         else:
-            done = torch.cat([product(piece) for piece in x.split(self.most)])
+            done = torch.cat([product(piece) for piece in torch.split(x, self.most)])
         return done[:rows] if done.shape[0] > rows else done
 
 
@@ -168,7 +168,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this machine multiplies with packed weights of this kind at full speed."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -1,19 +1,39 @@
 """How a target is to be computed: its linears and its attention, chosen by trial, and what can be promised of them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from kangaroo.passes import PackedLinear, Rows, SteadyLinear, can_pack, linears
-from kangaroo.trial import Exactness, attempt, find_attention, find_rows, prove
+from kangaroo.cache import LayerShape
+from kangaroo.parts import find_attention, find_rows
+from kangaroo.passes import Attention, PackedLinear, Rows, SteadyLinear, can_pack, linears
+from kangaroo.trial import Exactness, Tried, attempt, prove
 from kangaroo.verdicts import Verdicts
 
-if TYPE_CHECKING:
-    from kangaroo.model import Target
+
+class Settled(Tried, Protocol):
+    """What is settled of a target, under the same names."""
+
+    model: PreTrainedModel
+    config: Any
+    layers: nn.ModuleList
+    shapes: list[LayerShape]
+    dtype: torch.dtype
+    fingerprint: str
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head's matrix."""
+        ...
+
+    def compute_by(self, way: Attention | None) -> None:
+        """Have passes with a cache take their attention this way."""
+        ...
 
 
-def settle(target: "Target", *, exact: bool, pack: bool) -> Exactness:
+def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
     """Replace what has to be replaced in the target's model, and say what is promised.
 
     Raises ModelError if the trial cannot be brought to an end.
@@ -27,7 +47,7 @@ def settle(target: "Target", *, exact: bool, pack: bool) -> Exactness:
     return attempt(lambda: _try(target, packs))
 
 
-def _try(target: "Target", packs: bool) -> Exactness:
+def _try(target: Settled, packs: bool) -> Exactness:
     verdicts = Verdicts(target.device)
     implementation = target.config._attn_implementation
     found = {_shape(linear): find_rows(linear, packs, verdicts) for _, _, linear in _linears(target)}
@@ -50,7 +70,7 @@ def _try(target: "Target", packs: bool) -> Exactness:
     return Exactness(exactness.level, f"{exactness.reason}; {trouble}") if trouble else exactness
 
 
-def _linears(target: "Target") -> list[tuple[nn.Module, str, nn.Linear]]:
+def _linears(target: Settled) -> list[tuple[nn.Module, str, nn.Linear]]:
     """Those whose results reach the text: the layers' and the head."""
     found = list(linears(target.layers))
     head = [entry for entry in linears(target.model) if entry[2] is target.head]
@@ -61,7 +81,7 @@ def _shape(linear: nn.Linear) -> tuple[tuple[int, ...], bool, torch.dtype]:
     return tuple(linear.weight.shape), linear.bias is not None, linear.weight.dtype
 
 
-def _replace(target: "Target", rows: dict[Any, Rows], packs: bool) -> None:
+def _replace(target: Settled, rows: dict[Any, Rows], packs: bool) -> None:
     for parent, name, linear in _linears(target):
         own = rows.get(_shape(linear))
         if packs:
@@ -70,7 +90,7 @@ def _replace(target: "Target", rows: dict[Any, Rows], packs: bool) -> None:
             setattr(parent, name, SteadyLinear(linear, own))
 
 
-def _more(target: "Target") -> dict[str, Any]:
+def _more(target: Settled) -> dict[str, Any]:
     """What the family adds to attention."""
     attention: Any = target.layers[0].self_attn
     more: dict[str, Any] = {}

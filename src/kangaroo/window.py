@@ -24,6 +24,7 @@ class CacheWindow(Cache):  # type: ignore[misc]
                 self._new = cache.views(layers, where.start, where.start + where.slots.shape[1])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Store a layer's new keys and values, and return all that it may look at."""
         if self._new is None:
             self._cache.write(layer_idx, self._where.slots, key_states, value_states, self._where.rows)
         else:
@@ -43,6 +44,7 @@ class Recorder(Cache):  # type: ignore[misc]
         self.shapes: dict[int, LayerShape] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Note the shapes of a layer's keys and values, and return them."""
         heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
         self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype, key_states.device)
         return key_states, value_states

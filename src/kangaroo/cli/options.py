@@ -34,6 +34,7 @@ class ModelOptions:
     ] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None
     threads: Threads = None
+    exact: Annotated[bool, typer.Option(help="The same bits with drafts and without, where this machine can.")] = True
 
     def open(self, drafter: str) -> Decoder:
         """The Decoder; settings that are not given keep the drafter's defaults."""
@@ -41,7 +42,7 @@ class ModelOptions:
         if self.dtype is not None and self.dtype not in KINDS:
             raise ConfigError(f"--dtype must be one of {', '.join(KINDS)}, got {self.dtype!r}")
         dtype = KINDS[self.dtype] if self.dtype else None
-        return load(self.model, drafter=drafter, dtype=dtype, **self.files, **self.parsed_settings)
+        return load(self.model, drafter=drafter, dtype=dtype, exact=self.exact, **self.files, **self.parsed_settings)
 
     def open_all(self) -> tuple[dict[str, Decoder], dict[str, str]]:
         """A Decoder per drafter, on one target; and the drafters that lack what they draft with, with the reason."""

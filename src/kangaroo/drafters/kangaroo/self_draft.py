@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kangaroo.cache import LayerShape
 from kangaroo.drafters.chain import Chain, Stopping, draft_chain
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
 from kangaroo.model import Target, check_exit_layer
+from kangaroo.passes import count_weights
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Placement, place_at
 
@@ -27,10 +28,10 @@ class SelfDraft:
     @property
     def weight_share(self) -> float:
         """Weights that one draft step reads, as a share of those a plain step reads."""
-        layers = [_weights(layer) for layer in self.target.layers]
-        head, drafting = _weights(self.target.head), sum(layers[: self.exit_layer])
+        layers = [count_weights(layer) for layer in self.target.layers]
+        head, drafting = count_weights(self.target.head), sum(layers[: self.exit_layer])
         if self.adapter is not None:
-            drafting += _weights(self.adapter)
+            drafting += count_weights(self.adapter)
         if self.adapter is None or self.adapter.head is None:
             drafting += head
         return drafting / (sum(layers) + head)
@@ -81,10 +82,6 @@ class SelfDraft:
         positions = positions.clone()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
         self._unseen = states, positions
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def load_adapter(target: Target, settings: Settings) -> Adapter:
