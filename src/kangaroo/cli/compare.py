@@ -39,11 +39,19 @@ def compare(
     with notes.status("comparing") as status:
         lines = side_by_side(methods, tokens, sampling, max_tokens=max_tokens, repeats=repeats, report=status.update)
     identical = all(line.identical for line in lines)
+    exactness = plain.target.exactness
     if as_json:
-        print_json({"identical": identical, "drafters": [asdict(line) for line in lines], "left_out": left_out})
+        print_json(
+            {
+                "identical": identical,
+                "exactness": asdict(exactness),
+                "drafters": [asdict(line) for line in lines],
+                "left_out": left_out,
+            }
+        )
     else:
         out.print(Text(printable(plain.tokenizer.decode(lines[0].tokens)) + "\n"))
-        show_lines(lines, left_out)
+        show_lines(lines, left_out, exactness)
     if not identical:
         raise typer.Exit(1)
 

@@ -162,8 +162,9 @@ def _difference_line(found: Divergence) -> str:
     )
 
 
-def show_lines(lines: Sequence[Line], left_out: dict[str, str]) -> None:
+def show_lines(lines: Sequence[Line], left_out: dict[str, str], exactness: Exactness) -> None:
     """Methods side by side."""
+    out.print(f"exactness: {exactness}")
     table = Table(box=None)
     figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
     for heading in ("drafter", "text", *figures):
