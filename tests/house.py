@@ -14,7 +14,7 @@ ORDER = """
     errors files toml machine documents
     tree cache sampling state
     fingerprint norms families passes attention window rotary
-    verdicts parts trial settle model weights loading
+    verdicts parts trial settle model weights gguf_file loading threads
     drafters.base drafters.settings drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree

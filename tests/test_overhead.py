@@ -67,7 +67,7 @@ def reads(calls: Calls) -> Iterator[Counter[str]]:
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    return Target(load_model(demo.TARGET, torch.float32))
+    return Target(load_model(demo.TARGET, torch.float32), pack=True)
 
 
 def begin(

@@ -61,24 +61,27 @@ def attend(one: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if one.prompt is not None:
         return _in_blocks(one, query, key, value, mask, more)
     batch, heads, nodes, dim = query.shape
-    shared = key.shape[1]
     # The heads that share keys and values stand where several queries would.
-    rows = query.transpose(1, 2).reshape(batch, nodes, shared, heads // shared, dim)
-    if missing := -rows.shape[3] % one.attention.queries:
-        rows = functional.pad(rows, (0, 0, 0, missing))
-    sinks = None if (s := more.get("s_aux")) is None else s.view(1, shared, -1, 1)
+    grouped = (-1, key.shape[1], heads // key.shape[1], dim)
+    sinks = None if (s := more.get("s_aux")) is None else s.view(1, *grouped[1:3], 1)
     kernel = _Kernel(one.attention, _scale(query, more), more.get("softcap"), sinks)
     if one.paths is not None:
+        rows = query.transpose(1, 2)
         each = zip(rows, key, value, mask, one.paths, strict=True)
-        out = torch.stack([kernel(r, _along(k, p), _along(v, p), m.transpose(0, 1)[:, None]) for r, k, v, m, p in each])
+        parts = [
+            kernel(row.reshape(grouped), _along(k, path), _along(v, path), seen.transpose(0, 1)[:, None])
+            for row, k, v, seen, path in each
+        ]
+        out = torch.stack(parts)
+    elif nodes == 1:
+        out = kernel(query.reshape(grouped), key, value, mask)
     elif batch == 1 and one.attention.kernel == "sdpa":
         keys, values = key.expand(nodes, -1, -1, -1), value.expand(nodes, -1, -1, -1)
-        out = kernel(rows[0], keys, values, mask[0].transpose(0, 1)[:, None])[None]
-    elif nodes == 1:
-        out = kernel(rows[:, 0], key, value, mask)[:, None]
+        out = kernel(query[0].transpose(0, 1).reshape(grouped), keys, values, mask[0].transpose(0, 1)[:, None])
     else:
-        out = torch.stack([kernel(rows[:, n], key, value, mask[:, :, n : n + 1]) for n in range(nodes)], 1)
-    return out[:, :, :, : heads // shared].reshape(batch, nodes, heads, value.shape[-1])
+        ones = [(query[:, :, n].reshape(grouped), mask[:, :, n : n + 1]) for n in range(nodes)]
+        out = torch.stack([kernel(row, key, value, seen) for row, seen in ones], 1)
+    return out.reshape(batch, nodes, heads, value.shape[-1])
 
 
 def _along(states: Tensor, paths: Tensor) -> Tensor:
@@ -92,13 +95,17 @@ class _Kernel:
 
     def __init__(self, way: Attention, scale: float, softcap: float | None, sinks: Tensor | None):
         """`sinks` [1, H, Q, 1] are one more thing for a query to attend to, of which nothing is taken."""
-        self._by_hand = way.kernel == "math"
+        self._by_hand, self._queries = way.kernel == "math", way.queries
         self._scale, self._softcap, self._sinks = scale, softcap, sinks
         assert self._by_hand or (softcap is None and sinks is None), "only attention by hand knows soft-caps and sinks"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         if not self._by_hand:
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale)
+            heads = query.shape[2]
+            if missing := -heads % self._queries:
+                query = functional.pad(query, (0, 0, 0, missing))
+            out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale)
+            return out[:, :, :heads] if missing else out
         scores = torch.matmul(query, key.transpose(-1, -2)) * self._scale
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap

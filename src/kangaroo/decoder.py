@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
 from kangaroo.text import Prompt, TextStream, Tokenizer
+from kangaroo.threads import set_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def load(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     exact: bool = True,
+    threads: int | Literal["auto"] | None = None,
     **settings: Any,
 ) -> Decoder:
     """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
@@ -223,6 +225,8 @@ def load(
     how this one drafts (max_draft, threshold, exit_layer, ...). `dtype` defaults to the checkpoint's on a
     GPU and to what the CPU runs fastest otherwise. For device maps or quantisation, load the model with transformers
     and pass it in. `exact=False` gives up the same bits with drafts and without, for what that costs (docs/speed.md).
+    `threads` sets how many torch computes with, in this whole process: a number, or "auto" for what a short trial
+    finds fastest; None leaves that alone.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
@@ -231,6 +235,7 @@ def load(
     if str(model) == "demo":
         model, files = demo.TARGET, demo.FILES | files
     loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
+    set_threads(threads, loaded)
     tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
     target = Target(loaded, exact=exact, pack=loaded is not model)
     plain = Decoder(target, NoDrafter, tokenizer, end_tokens(loaded), files)

@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders and hub names, by transformers' own loaders."""
+"""Models and tokenizers from folders, GGUF files and hub names, by transformers' own loaders."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kangaroo.errors import ModelError
+from kangaroo.gguf_file import is_gguf, load_gguf_model, load_gguf_tokenizer
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer in a folder or of a hub name."""
+    """The tokenizer in a folder or a GGUF file, or of a hub name."""
+    if is_gguf(name):
+        return load_gguf_tokenizer(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -24,10 +27,12 @@ def _first_line(error: Exception) -> str:
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal LM from a folder or hub name, on the GPU if there is one."""
+    """A causal LM from a folder, a GGUF file or a hub name, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device.type == "cpu":
         dtype = fastest_cpu_dtype()
+    if is_gguf(name):
+        return load_gguf_model(name, dtype, device).to(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError, SafetensorError) as error:

@@ -106,7 +106,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rows: Rows | None):
         super().__init__()
         self.in_features, self.out_features, self.rows = linear.in_features, linear.out_features, rows
-        self.bias = linear.bias
+        self.bias, self._few = linear.bias, 0 if rows is None else rows.most * linear.in_features
         self._packed = pack(linear.weight.detach())
 
     @property
@@ -121,7 +121,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., O]."""
-        return _in_pieces(self._product, x, self.rows, self.out_features)
+        rows, one = self.rows, _current.get()
+        # The product itself sees rows only, however they are arranged.
+        if rows is None or one is None or (one.prompt is None and not rows.padded and x.numel() <= self._few):
+            return self._product(x)
+        return _in_pieces(self._product, x, rows, self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         return packed_product(x, self._packed, self.bias)

@@ -18,11 +18,12 @@ VERSION = 1
 class Verdicts:
     """Findings by name, of one machine, one number of threads and one set of library versions."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, threads: bool = True):
+        """Without `threads`, findings hold for any number of them."""
         facts = machine()
         self._of = {
             "version": VERSION,
-            "cpu": [facts["cpu"], facts["cpu_capability"], torch.get_num_threads()],
+            "cpu": [facts["cpu"], facts["cpu_capability"], torch.get_num_threads() if threads else None],
             "device": "cpu" if device.type == "cpu" else device_name(),
             "libraries": versions(),
         }

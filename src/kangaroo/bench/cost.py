@@ -15,6 +15,7 @@ from kangaroo.drafters.kangaroo.costs import Costs, measure_costs
 from kangaroo.drafters.kangaroo.lookup import KangarooLookup
 from kangaroo.drafters.kangaroo.tree import KangarooTree
 from kangaroo.drafters.medusa.drafter import Medusa, MedusaTree
+from kangaroo.model import Target
 from kangaroo.passes import count_weights
 
 SELF_DRAFTING = (Kangaroo, KangarooTree, KangarooLookup)
@@ -38,6 +39,12 @@ def decoder_costs(decoder: Decoder, *, nodes: int = 8, repeats: int = 30) -> Cos
     drafter = decoder.make_drafter()
     model = drafter.model if isinstance(drafter, SELF_DRAFTING) else None
     return measure_costs(decoder.target, model, nodes=nodes, repeats=repeats)
+
+
+def step_bytes(target: Target) -> int:
+    """Bytes of the weights that a plain step reads: all layers and the head."""
+    weights = sum(count_weights(layer) for layer in target.layers) + count_weights(target.head)
+    return weights * int(target.dtype.itemsize)
 
 
 def trained_parameters(decoder: Decoder) -> int:

@@ -1,8 +1,11 @@
 """`kangaroo info`: sizes and costs."""
 
-from kangaroo.bench.cost import decoder_costs, describe
+import torch
+
+from kangaroo.bench.cost import decoder_costs, describe, step_bytes
 from kangaroo.cli.options import Drafter, Json, ModelOptions, with_model_options
 from kangaroo.cli.terminal import print_json, show_table
+from kangaroo.machine import human_bytes
 
 
 @with_model_options
@@ -11,6 +14,8 @@ def info(options: ModelOptions, drafter: Drafter = "kangaroo", as_json: Json = F
     decoder = options.open(drafter)
     facts, costs = describe(decoder), decoder_costs(decoder)
     facts["full_step_seconds"] = costs.full_step
+    facts["weights_read_per_second"] = human_bytes(step_bytes(decoder.target) / costs.full_step)
+    facts["threads"] = torch.get_num_threads()
     if costs.shallow:  # the drafter runs the target's first layers
         facts["shallow_share"] = costs.shallow / costs.full_step
         facts["adapter_share"] = costs.adapter / costs.full_step

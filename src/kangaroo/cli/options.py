@@ -13,7 +13,7 @@ from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
 
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: by a short trial.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 MaxTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 Drafter = Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.")]
@@ -24,7 +24,7 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 class ModelOptions:
     """Which model, what drafts for it, and how it is run."""
 
-    model: Annotated[str, typer.Option(help="'demo', a local folder, or a hub name.")] = "demo"
+    model: Annotated[str, typer.Option(help="'demo', a local folder, a GGUF file, or a hub name.")] = "demo"
     adapter: Annotated[Path | None, typer.Option(help="kangaroo: folder written by `kangaroo train`.")] = None
     heads: Annotated[Path | None, typer.Option(help="medusa: folder written by `kangaroo train`.")] = None
     draft_model: Annotated[str | None, typer.Option(help="draft-model: a folder or hub name.")] = None
@@ -38,11 +38,19 @@ class ModelOptions:
 
     def open(self, drafter: str) -> Decoder:
         """The Decoder; settings that are not given keep the drafter's defaults."""
-        set_threads(self.threads)
+        check_threads(self.threads)
         if self.dtype is not None and self.dtype not in KINDS:
             raise ConfigError(f"--dtype must be one of {', '.join(KINDS)}, got {self.dtype!r}")
         dtype = KINDS[self.dtype] if self.dtype else None
-        return load(self.model, drafter=drafter, dtype=dtype, exact=self.exact, **self.files, **self.parsed_settings)
+        return load(
+            self.model,
+            drafter=drafter,
+            dtype=dtype,
+            exact=self.exact,
+            threads=self.threads or "auto",
+            **self.files,
+            **self.parsed_settings,
+        )
 
     def open_all(self) -> tuple[dict[str, Decoder], dict[str, str]]:
         """A Decoder per drafter, on one target; and the drafters that lack what they draft with, with the reason."""
@@ -82,12 +90,10 @@ def _value(text: str) -> int | float | str:
     return text
 
 
-def set_threads(threads: int | None) -> None:
-    """Use so many CPU threads; None leaves it to torch."""
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+def check_threads(threads: int | None) -> None:
+    """Raise ConfigError before anything is loaded; None is chosen by a trial."""
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads must be at least 1, got {threads}")
 
 
 def with_model_options(verb: Callable[..., None]) -> Callable[..., None]:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from kangaroo.cli.options import Threads, set_threads
+from kangaroo.cli.options import Threads, check_threads
 from kangaroo.cli.terminal import notes, out, training_progress
 from kangaroo.training.loop import Interrupted
 from kangaroo.training.run import train as train_recipe
@@ -25,7 +26,9 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train what a recipe describes: an adapter or Medusa heads for a target, or a model from scratch."""
-    set_threads(threads)
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     overrides: dict[str, Any] = {} if output is None else {"output": str(output)}
     if max_steps is not None:
         overrides["schedule.steps"] = max_steps

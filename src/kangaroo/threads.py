@@ -1,0 +1,71 @@
+"""How many CPU threads a model runs fastest with: a second one can cost a small model more than it brings."""
+
+import os
+import statistics
+import time
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from kangaroo.errors import ConfigError
+from kangaroo.verdicts import Verdicts
+
+ROUNDS = 7
+WORTH = 0.95
+"""More threads must take this share of the time of fewer, or less."""
+
+
+def set_threads(threads: int | Literal["auto"] | None, model: PreTrainedModel) -> None:
+    """Use so many CPU threads; "auto" tries, None changes nothing. Raises ConfigError."""
+    if threads == "auto":
+        choose_threads(model)
+    elif threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def choose_threads(model: PreTrainedModel) -> int:
+    """Set and return the number of threads with which the model takes least for one token; it is kept, like verdicts.
+
+    Whoever shares the machine is part of what is measured. A model on another device leaves all as it is.
+    """
+    if model.device.type != "cpu":
+        return torch.get_num_threads()
+    verdicts, config = Verdicts(model.device, threads=False), model.config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")]
+    name = f"threads {config.model_type} {sizes} {model.dtype} of {_cores()}"
+    best = verdicts.get(name)
+    if best is None:
+        best = _fastest(model, _candidates(_cores()))
+        verdicts.set(name, best)
+        verdicts.save()
+    torch.set_num_threads(int(best))
+    return int(best)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _candidates(cores: int) -> list[int]:
+    return sorted({*(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores})
+
+
+def _fastest(model: PreTrainedModel, candidates: list[int]) -> int:
+    token = torch.ones(1, 1, dtype=torch.int64)
+    seconds: dict[int, list[float]] = {count: [] for count in candidates}
+    for turn in range(ROUNDS + 1):
+        for count in candidates:
+            torch.set_num_threads(count)
+            began = time.perf_counter()
+            model(token, use_cache=False)
+            if turn:  # the first one warms up
+                seconds[count].append(time.perf_counter() - began)
+    best = candidates[0]
+    for count in candidates[1:]:
+        if statistics.median(seconds[count]) < WORTH * statistics.median(seconds[best]):
+            best = count
+    return best
