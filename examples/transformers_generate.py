@@ -5,9 +5,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kangaroo
 from kangaroo import demo
+from kangaroo.demo.smollm2 import smollm2
 
-tokenizer = AutoTokenizer.from_pretrained(demo.TARGET, padding_side="left")
-model = AutoModelForCausalLM.from_pretrained(demo.TARGET, dtype=torch.float32)
+folder = smollm2()
+tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 questions = ["Can you help me to book a table for two tonight?", "What is 12 plus 30?"]
 inputs = tokenizer.apply_chat_template(
     [[{"role": "user", "content": question}] for question in questions],

@@ -216,7 +216,7 @@ def load(
     dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> Decoder:
-    """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
+    """A Decoder for a model: "demo" (SmolLM2-135M-Instruct), a folder, a hub name, or a model already loaded.
 
     `settings` say where drafters' files lie (adapter, heads, draft_model, datastore: the demo model brings them), and
     how this one drafts (max_draft, threshold, exit_layer, ...). `dtype` defaults to the checkpoint's on a
@@ -227,8 +227,8 @@ def load(
     """
     find_drafter(drafter)  # a wrong name should not wait for the model to load
     files = {name: settings.pop(name) for name in FILES if settings.get(name) is not None}
-    if str(model) == "demo":
-        model, files = demo.TARGET, demo.FILES | files
+    if str(model) == demo.NAME:
+        files = demo.FILES | files
     loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
     tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
     plain = Decoder(Target(loaded), NoDrafter, tokenizer, end_tokens(loaded), files)

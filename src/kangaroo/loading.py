@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders and hub names, by transformers' own loaders."""
+"""Models and tokenizers from folders and hub names, or the demo's, by transformers' own loaders."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,21 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kangaroo import demo
+from kangaroo.demo.smollm2 import smollm2
 from kangaroo.errors import ModelError
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer in a folder or of a hub name."""
+    """The tokenizer in a folder, of a hub name, or of the "demo" model."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(_find(name))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from None
+
+
+def _find(name: str | Path) -> str | Path:
+    return smollm2() if str(name) == demo.NAME else name
 
 
 def _first_line(error: Exception) -> str:
@@ -24,12 +30,12 @@ def _first_line(error: Exception) -> str:
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal LM from a folder or hub name, on the GPU if there is one."""
+    """A causal LM from a folder or hub name, or the "demo" model, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device.type == "cpu":
         dtype = fastest_cpu_dtype()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(_find(name), dtype=dtype or "auto")
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
     return model.to(device)

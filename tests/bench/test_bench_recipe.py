@@ -20,7 +20,7 @@ def parse(**keys: Any) -> BenchRecipe:
 
 def test_the_shipped_recipe_is_valid() -> None:
     recipe = read_bench_recipe(ROOT / "recipes" / "spec-bench.toml", {"questions": "mine.jsonl"})
-    assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "float32", 1, "mine.jsonl")
+    assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "auto", 2, "mine.jsonl")
     assert {"kangaroo", "kangaroo-tree", "early-exit", "transformers"} <= {method.name for method in recipe.methods}
 
 

@@ -12,7 +12,6 @@ import torch
 from lesson import Lesson, build
 from safetensors.torch import load_file
 
-from kangaroo import demo
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
 from kangaroo.errors import AdapterError, CapacityError, ConfigError, ModelError
@@ -23,6 +22,7 @@ from kangaroo.training.estimate import RunEstimate
 from kangaroo.training.report import Update
 from kangaroo.training.run import load_target, new_adapter
 from kangaroo.tree import sequence
+from little_model import ADAPTER, TARGET
 
 MakeLesson = Callable[..., Lesson]
 
@@ -181,11 +181,12 @@ def test_starts_from_exactly_the_weights_of_a_folder(make_lesson: MakeLesson, dt
     assert not torch.equal(before["attention.q_proj.weight"], untrained["attention.q_proj.weight"])
 
 
-def test_starts_from_the_demo_adapter(make_lesson: MakeLesson) -> None:
-    shipped = {"target": "demo", "adapter__exit_layer": 1, "adapter__variant": "full-layer", "adapter__init": "demo"}
+def test_starts_from_a_trained_adapter_of_another_run(make_lesson: MakeLesson) -> None:
+    shipped = {"target": str(TARGET), "adapter__exit_layer": 1, "adapter__variant": "full-layer"}
+    shipped |= {"adapter__init": str(ADAPTER)}
     recipe = make_lesson().settings(**shipped)
     adapter = new_adapter(load_target(recipe)[0], recipe)
-    expected = weights(demo.ADAPTER)
+    expected = weights(ADAPTER)
     assert all(torch.equal(value, expected[name]) for name, value in adapter.state_dict().items())
     assert all(parameter.requires_grad for parameter in adapter.parameters())
 
@@ -210,7 +211,7 @@ def test_starting_from_no_adapter_is_refused(make_lesson: MakeLesson, tmp_path: 
         (tmp_path, f"no adapter in {tmp_path}"),
         (heads, "no adapter in .* says Medusa heads"),
         ("targt", "no adapter in targt"),
-        ("demo", "width 128, but the target has 32"),
+        (ADAPTER, "width 128, but the target has 32"),
     ]:
         with pytest.raises(AdapterError, match=message):
             run.train(adapter__init=str(init))

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from kangaroo.accept import RULES
 from kangaroo.bench.experiment import NAME, ExperimentSection, TrainingSection, TrainSection, VarySection
 from kangaroo.bench.records import BASELINE
-from kangaroo.drafters import find_drafter
+from kangaroo.drafters import FILES, find_drafter
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
 from kangaroo.toml import Count, Positive, Section, Weight, lay_over, parse_table, read_table
@@ -98,6 +98,9 @@ class BenchRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Precision the model is loaded in; auto is what `kangaroo generate` would choose."""
     seed: Count = 0
+    files: dict[str, str] = Field(default_factory=dict)
+    """What the drafters of a model load, by the name of their setting, where a method names none: adapter, heads,
+    draft_model, datastore. The demo model brings its own."""
     sampling: SamplingSection = SamplingSection()
     methods: tuple[MethodSection, ...] = ()
     """Beside the baseline, plain decoding in the same loop, which is always there and first."""
@@ -125,6 +128,9 @@ class BenchRecipe(Section):
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         self.sampled(0)
+        unknown = [name for name in self.files if name not in FILES]
+        if unknown:
+            raise ValueError(f"no drafter loads {unknown[0]!r}; [files] may name {', '.join(FILES)}")
         twice = [name for name, count in Counter(method.name for method in self.methods).items() if count > 1]
         if twice:
             raise ValueError(f"two methods are called {twice[0]!r}; every method needs a name of its own")

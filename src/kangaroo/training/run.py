@@ -106,7 +106,7 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
 
 def take_tokenizer(name: str) -> Any:
     """The tokenizer of "demo", a folder or a hub name. Raises ModelError or ConfigError."""
-    tokenizer = load_tokenizer(demo.TARGET if name == "demo" else name)
+    tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name} has no tokenizer.json, which model.tokenizer needs")
     return tokenizer
@@ -150,7 +150,7 @@ def _new_objective(target: Target, recipe: AdapterRecipe | MedusaRecipe) -> Call
 
 def load_target(recipe: FrozenTargetRecipe) -> tuple[Target, Any]:
     """The frozen target and its tokenizer. Raises ModelError if they cannot be loaded."""
-    name = str(demo.TARGET) if recipe.target == "demo" else recipe.target
+    name = recipe.target
     dtype = None if recipe.run.dtype == "auto" else getattr(torch, recipe.run.dtype)
     if dtype is None and not torch.cuda.is_available():
         dtype = torch.float32
