@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.training.adapter import begin_adapter
 from kangaroo.training.author import Author
 from kangaroo.training.batches import Packed
 from kangaroo.training.data import choose_documents
@@ -191,11 +191,11 @@ def build(run: Lesson, **overrides: Any) -> tuple[Imitation, Packed]:
     """The objective and batches of a run, without running it."""
     recipe = run.settings(**overrides)
     target, tokenizer = load_target(recipe)
-    adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
-    adapter.initialise(recipe.seed, from_target=True)
+    make_objective = begin_adapter(target, recipe)
     training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
     author = Author(target, tokenizer, recipe, lambda _: None)
-    return Imitation(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
+    corpus = author.training(training)
+    return make_objective(author.held_out(held_out), corpus), Packed(corpus)
 
 
 def build_medusa(run: Lesson, **overrides: Any) -> tuple[LaterTokens, Packed]:

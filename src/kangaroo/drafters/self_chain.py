@@ -42,7 +42,7 @@ class SelfChain:
             self._hidden.append(self.model.states(replaced(tokens, k), here, state))
             return self.model.logits(self._hidden[-1], here, state)
 
-        drafted = draft_chain(state, limits, stopping, step)
+        drafted = draft_chain(state, limits, stopping, step, self.model.vocabulary)
         self._steps = drafted.steps
         return drafted
 

@@ -9,7 +9,7 @@ from kangaroo.model import Target
 from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import DraftModel, HeldOut
 from kangaroo.training.recipe import FrozenTargetRecipe
-from kangaroo.training.states import States
+from kangaroo.training.states import Final, States
 from kangaroo.tree import Placement
 
 
@@ -35,15 +35,15 @@ class ForTarget(DraftModel):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
 
     @torch.no_grad()
-    def run_target(self, batch: Batch, where: Placement, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Tensor]:
-        """(states after `exit_layer` layers [B, T, D], states before the final norm at marked positions [M, D]).
+    def run_target(self, batch: Batch, where: Placement, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Final]:
+        """(states after `exit_layer` layers [B, T, D], what the target makes of the M marked positions).
 
         With kept states, layers from the exit on are run only for rows that have none.
         """
         x = self.target.embed(batch.tokens)
         if self.kept is None:
             final, taps = self.target.run(x, where, None, taps=(exit_layer,))
-            return taps[exit_layer], final[mask]
+            return taps[exit_layer], Final(final[mask])
         return self.target.run(x, where, None, stop=exit_layer)[0], self.kept.at(batch, mask)
 
     def layer_floats(self, length: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.training.author import Author
 from kangaroo.training.batches import Packed
+from kangaroo.training.corpus import Corpus
 from kangaroo.training.data import Given, choose_documents
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.loop import Trainer
@@ -21,8 +22,9 @@ from kangaroo.training.report import Report
 from kangaroo.training.resume import find_progress
 from kangaroo.training.synthesis import Synthesis
 
-Begin = Callable[[Target], Callable[[HeldOut], Objective]]
-"""Makes the weights to train for a target, at once; and their objective, when there is text to evaluate on."""
+Begin = Callable[[Target], Callable[[HeldOut, Corpus], Objective]]
+"""Makes the weights to train for a target, at once; and their objective, when there is text to evaluate
+on, and to learn from."""
 
 
 def train_for_target(
@@ -48,8 +50,8 @@ def train_for_target(
     progress = find_progress(recipe, {"data": source.digest, "target": target.fingerprint}, resume=resume)
     training, held_out = choose_documents(source.files(), recipe.data, recipe.seed)
     author = Author(target, tokenizer, recipe, report)
-    objective = make_objective(author.held_out(held_out))
-    return Trainer(objective, Packed(author.training(training)), recipe, progress).fit(report)
+    kept, learnt = author.held_out(held_out), author.training(training)
+    return Trainer(make_objective(kept, learnt), Packed(learnt), recipe, progress).fit(report)
 
 
 def load_target(recipe: FrozenTargetRecipe) -> tuple[Target, Any]:

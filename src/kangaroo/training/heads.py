@@ -72,7 +72,7 @@ class LaterTokens(ForTarget):
     def states(self, batch: Batch, mask: Tensor) -> Tensor:
         """The target's states after the final norm at the marked positions, [M, D] in float32."""
         with torch.no_grad():
-            return self.target.norm(self.run_target(batch, place_documents(batch), mask)[1]).float()
+            return self.target.norm(self.run_target(batch, place_documents(batch), mask)[1].states).float()
 
     def _compare(self, batch: Batch, wanted: Tensor) -> tuple[Tensor, ...]:
         """Sums over the batch: losses [H] in nats, right predictions [H], tokens confirmed []."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from kangaroo.medusa import MedusaConfig, MedusaHeads
 from kangaroo.model import Target
+from kangaroo.training.corpus import Corpus
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.frozen import train_for_target
 from kangaroo.training.heads import LaterTokens
@@ -15,9 +16,9 @@ from kangaroo.training.report import Report
 def train_medusa(recipe: MedusaRecipe, paths: Sequence[Path], report: Report, *, resume: bool) -> Path:
     """Train heads for the recipe's target; returns the folder of the best ones."""
 
-    def begin(target: Target) -> Callable[[HeldOut], LaterTokens]:
+    def begin(target: Target) -> Callable[[HeldOut, Corpus], LaterTokens]:
         heads = new_heads(target, recipe)
-        return lambda held_out: LaterTokens(target, heads, held_out, recipe)
+        return lambda held_out, _: LaterTokens(target, heads, held_out, recipe)
 
     return train_for_target(recipe, paths, report, begin, resume=resume)
 
