@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kangaroo.training.estimate import Estimate
+from kangaroo.training.estimate import Estimate, Plan
 
 Stage = Literal["ask", "reply", "write", "answer", "regenerate", "train", "evaluate"]
 
@@ -28,7 +28,8 @@ class Update:
     """The row just recorded in the metrics file, if one was."""
 
 
-Report = Callable[[Update | Estimate], None]
+News = Update | Estimate | Plan
+Report = Callable[[News], None]
 
 
 class Clock:
