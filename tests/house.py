@@ -14,7 +14,7 @@ ORDER = """
     errors files toml machine documents
     tree cache sampling state
     fingerprint model weights demo demo.smollm2 loading
-    drafters.base drafters.settings drafters.chain drafters.none drafters.draft_model
+    drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
     drafters.copying drafters.copying.arrivals drafters.copying.ngrams drafters.copying.prompt_lookup

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kangaroo import demo
 from kangaroo.demo.smollm2 import smollm2
@@ -22,6 +22,14 @@ def load_tokenizer(name: str | Path) -> Any:
 
 def _find(name: str | Path) -> str | Path:
     return smollm2() if str(name) == demo.NAME else name
+
+
+def load_config(name: str | Path) -> Any:
+    """The configuration of a model in a folder or of a hub name, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(_find(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -98,6 +98,8 @@ class Sampler:
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int, device: torch.device):
         self.vocab_size, self.device = vocab_size, device
+        self.plain: bool
+        """Whether every row takes the best token, whatever came before."""
         self._rows = list(rows)
         for sampling in rows:
             self._check(sampling)
@@ -120,6 +122,7 @@ class Sampler:
 
         rows = self._rows
         self.greedy = all(r.temperature == 0 for r in rows)
+        self.plain = all(r == Sampling(seed=r.seed, index=r.index) for r in rows)
         self.penalised = any(
             r.repetition_penalty != 1 or r.presence_penalty != 0 or r.frequency_penalty != 0 for r in rows
         )

@@ -64,9 +64,9 @@ def test_a_row_has_its_states_wherever_it_stands(make_lesson: MakeLesson, tmp_pa
     rows, length = kept.recipe.schedule.shape(0)
     batch = batches.batch(0, rows, length, 0)
     mask = learnt_positions(batch)
-    together = kept.kept.at(batch, mask)
+    together = kept.kept.at(batch, mask).states
     layers_run.clear()
-    turned = kept.kept.at(batch[slice(1, None)], mask[1:])
+    turned = kept.kept.at(batch[slice(1, None)], mask[1:]).states
     assert torch.equal(turned, together[int(mask[0].sum()) :])
     assert not layers_run
     # Another text, or the same text with other positions learnt from, has states of its own.

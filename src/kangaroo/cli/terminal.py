@@ -20,8 +20,8 @@ from kangaroo.decoder import Completion, Decoder, Stats
 from kangaroo.machine import human_bytes
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
-from kangaroo.training.estimate import RunEstimate
-from kangaroo.training.report import Update
+from kangaroo.training.estimate import Plan, RunEstimate
+from kangaroo.training.report import News, TrainingReport
 
 # A pipe has no width that tables would have to fit into.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -212,14 +212,16 @@ def countdown(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def training_progress() -> Iterator[Callable[[Update | RunEstimate], None]]:
-    """A bar per stage with throughput and time left; estimates and evaluations are lines above it."""
+def training_progress() -> Iterator[TrainingReport]:
+    """A bar per stage with throughput and time left; plans, estimates and evaluations are lines above it."""
     tasks: dict[str, TaskID] = {}
     with _bar() as bar:
 
-        def show(news: Update | RunEstimate) -> None:
+        def show(news: News) -> None:
             if isinstance(news, RunEstimate):
                 bar.print(_estimate_line(news))
+            elif isinstance(news, Plan):
+                bar.print(_plan_lines(news))
             elif news.stage == "evaluate":
                 shown = "  ".join(f"{k.removeprefix('held_out/')} {v:.4g}" for k, v in news.figures.items())
                 bar.print(shown)
@@ -247,6 +249,20 @@ def _estimate_line(news: RunEstimate) -> str:
     return (
         f"{news.parameters:,} trained parameters; about {human_bytes(news.peak_bytes)} of memory{fits}; "
         f"{news.seconds_per_step:.2f} s a step, {_clock(news.seconds)} in all"
+    )
+
+
+def _plan_lines(plan: Plan) -> str:
+    drafted = f" over {plan.draft_vocabulary:,} tokens" if plan.draft_vocabulary else ""
+    early, trigram = plan.floors.early_exit, plan.floors.trigram
+    return (
+        f"exit behind {plan.exit_layer} of {plan.target_layers} layers; drafting a token{drafted} reads "
+        f"{plan.draft_share:.2f} of a plain step's weights\n"
+        f"{plan.steps:,} steps over {plan.documents:,} documents ({plan.epochs:.1f} times each), "
+        f"{_clock(plan.seconds)} in all\n"
+        f"to beat, in tokens a round: early exit {early.rate:.2f} (agrees {early.agreement:.2f}), "
+        f"a trigram {trigram.rate:.2f} ({trigram.agreement:.2f})\n"
+        "watch simulated_cr: it should pass both within the first evaluations, and grows with every doubling of steps"
     )
 
 

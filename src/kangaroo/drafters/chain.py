@@ -6,7 +6,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.sampling import Stream
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Stop, chain
@@ -83,11 +85,17 @@ def top_probability(logits: Tensor) -> Tensor:
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
-def draft_chain(state: State, limits: Tensor, stopping: Stopping, step: Callable[[Tensor, int], Tensor]) -> Chain:
+def draft_chain(
+    state: State,
+    limits: Tensor,
+    stopping: Stopping,
+    step: Callable[[Tensor, int], Tensor],
+    vocabulary: DraftVocabulary | None = None,
+) -> Chain:
     """Draft at most `limits` [B] tokens per row, and no more than it has room for.
 
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
-    logits [B, 1, V]. The token after which a row stops stays in the draft.
+    logits [B, 1, V], or [B, 1, n] over a draft vocabulary. The token after which a row stops stays in the draft.
     """
     limits = torch.minimum(limits, state.room - 1).clamp_min(0) * state.active
     confident = stopping.begin(state) if bool(limits.any()) else torch.ones_like(state.active)
@@ -96,7 +104,7 @@ def draft_chain(state: State, limits: Tensor, stopping: Stopping, step: Callable
     valid = [torch.ones_like(state.pending, dtype=torch.bool)]
     for k in range(int((limits * going).max())):
         logits = step(tokens[-1], k)
-        token, q = choose(logits, torch.cat(tokens, 1), state)
+        token, q = choose(logits, torch.cat(tokens, 1), state, vocabulary)
         tokens.append(token)
         probs += [] if q is None else [q]
         valid.append(going[:, None])
@@ -120,15 +128,25 @@ def _reasons(state: State, limits: Tensor, confident: Tensor) -> tuple[Stop, ...
     )
 
 
-def choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
+def choose(
+    logits: Tensor, tokens: Tensor, state: State, vocabulary: DraftVocabulary | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(drafted token [B, 1], the distribution [B, 1, V] it was drawn from if by `reject`) from logits [B, 1, V].
 
-    `tokens` [B, N] are the nodes so far, the pending one first.
+    `tokens` [B, N] are the nodes so far, the pending one first. Logits over a draft vocabulary are [B, 1, n].
     """
+    if vocabulary is not None:
+        if state.rule == "match" and state.sampler.plain:  # what the rest comes to, without the vocabulary's length
+            return vocabulary.tokens[logits.argmax(-1)], None
+        logits = vocabulary.spread(logits)
     nodes = tokens.shape[1]
     prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
     if state.rule == "match":
         # With the target's own noise: where q is close to p, the two draws are the same token.
         return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), None
     counters = state.round_counters(nodes)[:, -1:]
-    return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
+    token, q = state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
+    if vocabulary is not None:
+        # Where a bias forbids all of it, the token is no draw but certain, and is to be verified as such.
+        q = torch.where(q.isnan(), functional.one_hot(token, q.shape[-1]).to(q.dtype), q)
+    return token, q

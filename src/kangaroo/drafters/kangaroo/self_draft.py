@@ -22,6 +22,7 @@ class SelfDraft:
         self.target, self.adapter, self.exit_layer = target, adapter, exit_layer
         self.taps = () if adapter is None else (exit_layer,)
         self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers
+        self.vocabulary = None if adapter is None else adapter.vocabulary
         self._unseen: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -31,7 +32,9 @@ class SelfDraft:
         head, drafting = _weights(self.target.head), sum(layers[: self.exit_layer])
         if self.adapter is not None:
             drafting += _weights(self.adapter)
-        if self.adapter is None or self.adapter.head is None:
+        if self.vocabulary is not None:
+            drafting += head * len(self.vocabulary.tokens) // self.target.vocab_size
+        elif self.adapter is None or self.adapter.head is None:
             drafting += head
         return drafting / (sum(layers) + head)
 
@@ -41,7 +44,7 @@ class SelfDraft:
         return x
 
     def logits(self, x: Tensor, where: Placement, state: State) -> Tensor:
-        """Draft logits [B, N, V] from the exit layer's states."""
+        """Draft logits [B, N, V], [B, N, n] over a draft vocabulary, from the exit layer's states."""
         if self.adapter is None:
             return self.target.logits(self.target.norm(x))
         nodes = x.shape[1]
@@ -127,7 +130,7 @@ class SelfChain:
             self._hidden.append(self.model.states(replaced(tokens, k), here, state))
             return self.model.logits(self._hidden[-1], here, state)
 
-        drafted = draft_chain(state, limits, stopping, step)
+        drafted = draft_chain(state, limits, stopping, step, self.model.vocabulary)
         self._steps = drafted.steps
         return drafted
 

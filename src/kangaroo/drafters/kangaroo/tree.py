@@ -109,6 +109,9 @@ class KangarooTree:
         batch, width = tree.tokens[-1].shape
         first = tokens.shape[1] - width
         prefix = state.prefix(tokens, parents)
+        vocabulary = self.model.vocabulary
+        if vocabulary is not None:
+            logits = vocabulary.spread(logits)
         scores = state.sampler.scores(logits, prefix)
         if state.rule == "match":
             depth = len(tree.tokens)
