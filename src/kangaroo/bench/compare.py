@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kangaroo.bench.methods import Measured, Method
+from kangaroo.bench.methods import Method
+from kangaroo.bench.records import Measured
 from kangaroo.decoder import Completion, Decoder, Stats
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
@@ -87,7 +88,7 @@ def _line(name: str, answers: list[Measured], baseline: list[Measured]) -> Line:
 
 
 def _seconds(answers: list[Measured]) -> float:
-    return statistics.median(answer.prefill + answer.draft + answer.verify + answer.rest for answer in answers)
+    return statistics.median(answer.seconds for answer in answers)
 
 
 @dataclass(frozen=True, slots=True)
