@@ -19,7 +19,7 @@ from lesson import Lesson
 
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.training import checkpoint
-from kangaroo.training.adapter import AdapterObjective, Imitation
+from kangaroo.training.adapter import AdapterObjective, Comparison
 from kangaroo.training.checkpoint import STATE, read_progress
 from kangaroo.training.loop import Interrupted
 from kangaroo.training.report import Update
@@ -266,7 +266,7 @@ def test_diverged_run_saves_nothing(make_lesson: MakeLesson, monkeypatch: pytest
     saved, rows = (run.output / STATE).read_bytes(), run.rows()
     real = AdapterObjective.compare
 
-    def diverge(self: AdapterObjective, *states: Any) -> Imitation:
+    def diverge(self: AdapterObjective, *states: Any) -> Comparison:
         compared = real(self, *states)
         return replace(compared, loss=compared.loss * float("nan"))
 

@@ -121,7 +121,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedRun:
     """All pairs of a run. Speeds are total tokens over total seconds, prefill included."""
 
     pairs: list[Pair]
@@ -167,7 +167,7 @@ class Comparison:
         """Pairs whose answers differ."""
         return [pair for pair in self.pairs if not pair.identical]
 
-    def without_repetitions(self) -> "Comparison":
+    def without_repetitions(self) -> "PairedRun":
         """Only the answers that do not go in circles."""
         return replace(self, pairs=[pair for pair in self.pairs if not pair.repetitive])
 
@@ -185,7 +185,7 @@ def compare(
     max_tokens: int,
     sampling: Sampling,
     report: Callable[[Pair], None] = lambda pair: None,
-) -> Comparison:
+) -> PairedRun:
     """Answer every prompt with both decoders, alone, taking turns at going first; the first prompt warms both up."""
     for decoder in (baseline, method):
         decoder.generate(prompts[:1], max_tokens=max_tokens, sampling=sampling)
@@ -198,7 +198,7 @@ def compare(
             answers[side] = Answer(completion, decoder.stats)
         pairs.append(Pair(prompt, **answers))
         report(pairs[-1])
-    return Comparison(pairs)
+    return PairedRun(pairs)
 
 
 def without_end(sampling: Sampling, eos: Sequence[int]) -> Sampling:

@@ -20,7 +20,7 @@ from kangaroo.training.recipe import AdapterRecipe
 
 
 @dataclass(frozen=True, slots=True)
-class Imitation:
+class Comparison:
     """p against q, summed over positions. Only `loss` carries gradients."""
 
     loss: Tensor
@@ -96,9 +96,9 @@ class AdapterObjective(ForTarget):
         exits, final = self.run_target(batch, where, mask, self.adapter.config.exit_layer)
         return self.adapter(exits.float(), where)[mask], final
 
-    def compare(self, draft: Tensor, final: Tensor) -> Imitation:
+    def compare(self, draft: Tensor, final: Tensor) -> Comparison:
         """Compare q and p at positions given by adapter states and target states [M, D]."""
-        return Imitation(*sum_in_pieces(self._compare, self.target.vocab_size, draft, final))
+        return Comparison(*sum_in_pieces(self._compare, self.target.vocab_size, draft, final))
 
     def _compare(self, draft: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weights = self.recipe.loss
