@@ -130,3 +130,9 @@ def test_compare_sets_every_drafter_beside_plain_decoding(folder: Path, capsys: 
     assert "identical" in shown
     assert "left out: rest (needs --datastore)" in shown
     assert invoke("compare", *options) == 2
+
+
+@pytest.mark.parametrize(("verb", "section"), [("bench", "[quick]"), ("train", "[synthesis]")])
+def test_help_shows_names_of_sections(verb: str, section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(verb, "--help") == 0
+    assert section in capsys.readouterr().out

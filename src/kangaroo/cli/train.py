@@ -16,7 +16,7 @@ def train(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            "--data", help="Chat JSONL(.gz), Parquet or text; may be repeated. Not for recipes with [synthesis]."
+            "--data", help="Chat JSONL(.gz), Parquet or text; may be repeated. Not for recipes with \\[synthesis]."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
