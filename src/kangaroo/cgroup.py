@@ -39,7 +39,7 @@ def _limited() -> Iterator[tuple[Path, _Files, int]]:
     for group, files in _groups():
         try:
             limit = (group / files.limit).read_text(encoding="ascii").strip()
-        except FileNotFoundError:  # the root has no limit, nor has a group without the memory controller
+        except (FileNotFoundError, PermissionError):  # the root has no limit; a sandbox may hide it, and others
             continue
         if limit != "max":
             yield group, files, int(limit)
