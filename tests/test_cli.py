@@ -53,7 +53,7 @@ def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means
 ) -> None:
     options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--set", "exit_layer=1", "--json")
     options = (*options, "--set", "threshold=0.02", "--temperature", "0", "--batch", "4")
-    assert invoke(*options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
+    assert invoke(*options, "--prompts", "50", "--max-tokens", "42", "--dtype", "float64") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lossless"]
     report = found["drafters"]["early-exit"]
@@ -130,3 +130,9 @@ def test_compare_sets_every_drafter_beside_plain_decoding(folder: Path, capsys: 
     assert "identical" in shown
     assert "left out: rest (needs --datastore)" in shown
     assert invoke("compare", *options) == 2
+
+
+@pytest.mark.parametrize(("verb", "section"), [("bench", "[quick]"), ("train", "[synthesis]")])
+def test_help_shows_names_of_sections(verb: str, section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(verb, "--help") == 0
+    assert section in capsys.readouterr().out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import kangaroo
-from kangaroo.bench.compare import Comparison, compare, without_end
+from kangaroo.bench.compare import PairedRun, compare, without_end
 from kangaroo.bench.cost import decoder_costs
 from kangaroo.bench.questions import read_prompts
 from kangaroo.decoder import Decoder
@@ -30,7 +30,7 @@ from kangaroo.tree import sequence
 TOKENS = 64
 
 
-def figures(result: Comparison) -> dict[str, Any]:
+def figures(result: PairedRun) -> dict[str, Any]:
     """What is kept of a comparison."""
     varied = result.without_repetitions()
     stats = [pair.method.stats for pair in result.pairs]
@@ -53,7 +53,7 @@ def figures(result: Comparison) -> dict[str, Any]:
     }
 
 
-def run(decoder: Decoder, prompts: list[Any], temperature: float) -> Comparison:
+def run(decoder: Decoder, prompts: list[Any], temperature: float) -> PairedRun:
     """Compare a decoder with plain decoding, ends of answers barred."""
     sampling = without_end(Sampling(temperature=temperature, seed=1), decoder.eos)
     return compare(decoder.plain(), decoder, prompts, max_tokens=TOKENS, sampling=sampling)
@@ -75,7 +75,7 @@ def held_out() -> dict[str, Any]:
     return record
 
 
-def bound(decoder: Decoder, result: Comparison) -> dict[str, Any]:
+def bound(decoder: Decoder, result: PairedRun) -> dict[str, Any]:
     """The speed-up this trace would have if a round cost only its pieces, each timed alone."""
     costs = decoder_costs(decoder, nodes=9, repeats=60)
     emitted = sum(pair.method.stats.emitted for pair in result.pairs)

@@ -52,7 +52,8 @@ def test_every_repeat_is_another_sample_of_the_same_seed() -> None:
         ({"methods": [{"name": "a"}]}, "needs a drafter"),
         ({"methods": [{**METHOD, "kind": "transformers"}]}, 'kind "transformers" has none'),
         ({"methods": [{"name": "a", "drafter": "eagle"}]}, "drafter must be one of .*got 'eagle'"),
-        ({"sampling": {"temperature": 1e-9}}, "temperature must be"),
+        ({"sampling": {"temperature": 1e-9}}, "sampling: temperature must be"),
+        ({"sampling": {"top_p": 2}}, r"sampling: top_p must be in \(0, 1\], got 2"),
         (
             {"sampling": {"temperature": 0.8}, "methods": [{"name": "t", "kind": "transformers"}]},
             "t: transformers draws with noise of its own",

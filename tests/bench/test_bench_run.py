@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from kangaroo import drafters
 from kangaroo.bench import run
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.cost import method_costs
+from kangaroo.bench.journal import claim
 from kangaroo.bench.records import BASELINE, RECORDS, read_records
 from kangaroo.bench.report.counting import read_answers
 from kangaroo.bench.report.results import read_run
@@ -251,6 +254,24 @@ def test_one_process_at_a_time(recipe: MakeRecipe) -> None:
             run_bench(settings, limit=1)
 
     run_bench(settings, limit=1, report=again)
+
+
+def test_processes_keep_one_another_out(tmp_path: Path) -> None:
+    """Until the one that holds the folder ends, even if it is killed."""
+    code = (
+        "import sys, time, pathlib; from kangaroo.bench.journal import claim\n"
+        "with claim(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError, match="another process is writing"), claim(tmp_path):
+                pass
+        finally:
+            other.kill()
+    with claim(tmp_path):
+        pass
 
 
 def test_no_room_for_a_prompt(recipe: MakeRecipe) -> None:

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kangaroo.bench.methods import Measured, Method
+from kangaroo.bench.methods import Method
+from kangaroo.bench.records import Measured
 from kangaroo.decoder import Completion, Decoder, Stats
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
@@ -87,7 +88,7 @@ def _line(name: str, answers: list[Measured], baseline: list[Measured]) -> Line:
 
 
 def _seconds(answers: list[Measured]) -> float:
-    return statistics.median(answer.prefill + answer.draft + answer.verify + answer.rest for answer in answers)
+    return statistics.median(answer.seconds for answer in answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedRun:
     """All pairs of a run. Speeds are total tokens over total seconds, prefill included."""
 
     pairs: list[Pair]
@@ -166,7 +167,7 @@ class Comparison:
         """Pairs whose answers differ."""
         return [pair for pair in self.pairs if not pair.identical]
 
-    def without_repetitions(self) -> "Comparison":
+    def without_repetitions(self) -> "PairedRun":
         """Only the answers that do not go in circles."""
         return replace(self, pairs=[pair for pair in self.pairs if not pair.repetitive])
 
@@ -184,7 +185,7 @@ def compare(
     max_tokens: int,
     sampling: Sampling,
     report: Callable[[Pair], None] = lambda pair: None,
-) -> Comparison:
+) -> PairedRun:
     """Answer every prompt with both decoders, alone, taking turns at going first; the first prompt warms both up."""
     for decoder in (baseline, method):
         decoder.generate(prompts[:1], max_tokens=max_tokens, sampling=sampling)
@@ -197,7 +198,7 @@ def compare(
             answers[side] = Answer(completion, decoder.stats)
         pairs.append(Pair(prompt, **answers))
         report(pairs[-1])
-    return Comparison(pairs)
+    return PairedRun(pairs)
 
 
 def without_end(sampling: Sampling, eos: Sequence[int]) -> Sampling:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Divergence
-from kangaroo.bench.compare import Comparison, Line
+from kangaroo.bench.compare import Line, PairedRun
 from kangaroo.decoder import Completion, Decoder, Stats
 from kangaroo.machine import human_bytes
 from kangaroo.sampling import Sampling
@@ -86,7 +86,7 @@ def stats_facts(stats: Stats) -> dict[str, Any]:
     }
 
 
-def comparison_facts(result: Comparison, decoder: Decoder, sampling: Sampling) -> dict[str, Any]:
+def comparison_facts(result: PairedRun, decoder: Decoder, sampling: Sampling) -> dict[str, Any]:
     """The figures of a comparison, for people and machines alike."""
     varied = result.without_repetitions()
     return {

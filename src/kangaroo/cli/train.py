@@ -20,7 +20,7 @@ def train(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            "--data", help="Chat JSONL(.gz), Parquet or text; may be repeated. Not for recipes with [synthesis]."
+            "--data", help="Chat JSONL(.gz), Parquet or text; may be repeated. Not for recipes with \\[synthesis]."
         ),
     ] = None,
     model: Annotated[

@@ -78,7 +78,7 @@ class Plan:
 
 
 def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: int) -> RunEstimate:
-    """RunEstimate a run from step `step` on. Runs two micro-batches, whose gradients are thrown away."""
+    """Estimate a run from step `step` on. Runs two micro-batches, whose gradients are thrown away."""
     schedule, parameters = recipe.schedule, objective.parameters()
     count = sum(parameter.numel() for parameter in parameters.values())
     shapes = [schedule.shape(0), schedule.shape(max(0, schedule.steps - 1))]

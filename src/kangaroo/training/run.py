@@ -18,7 +18,7 @@ from kangaroo.files import write_atomically
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.training.adapter import AdapterObjective
-from kangaroo.training.batches import Packed, Stream
+from kangaroo.training.batches import Joined, Packed
 from kangaroo.training.checkpoint import STATE, find_progress
 from kangaroo.training.corpus import Corpus, Given, choose_documents, hash_files, tokenize
 from kangaroo.training.evaluation import HeldOut
@@ -101,7 +101,7 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
         texts = (" ".join(m["content"] for m in d.messages) if d.messages else d.text for d in training)
         tokenizer = train_tokenizer(texts, recipe.model.vocab_size, recipe.model.context)
     learnt, kept = (
-        Stream(tokenize(part, tokenizer, assistant_only=recipe.data.assistant_only)) for part in (training, held_out)
+        Joined(tokenize(part, tokenizer, assistant_only=recipe.data.assistant_only)) for part in (training, held_out)
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
