@@ -7,7 +7,7 @@ import torch
 
 from kangaroo.decode import decode, prefill, start, step
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.chain import top_probability
+from kangaroo.drafters.chain import Threshold, top_probability
 from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
@@ -50,7 +50,18 @@ def from_scratch(model: Target, tokens: torch.Tensor) -> tuple[torch.Tensor, tor
 # --- what the adapter has seen
 
 
-@pytest.mark.parametrize("make", [chain, tree], ids=["chain", "tree"])
+class Seldom(Threshold):
+    """Drafts in every third round."""
+
+    def begin(self, state: State) -> list[bool]:
+        return [state.rounds % 3 == 0] * state.batch
+
+
+def seldom(model: Target) -> Kangaroo:
+    return Kangaroo(model, make_adapter(model, scale=1.0), EXIT, ChainConfig(max_draft=2), Seldom(0.0))
+
+
+@pytest.mark.parametrize("make", [chain, tree, seldom], ids=["chain", "tree", "seldom"])
 @torch.inference_mode()
 def test_the_adapter_has_seen_every_committed_token_in_its_place(make: Callable[[Target], Drafter]) -> None:
     """After full acceptance and after none, in every row, and after rows have changed hands."""
@@ -287,3 +298,17 @@ def test_drafts_keep_within_the_nodes_they_announce(name: str) -> None:
     generate(model, drafter, requests(PROMPTS, EVERYTHING, 12))
     assert 1 <= max(sizes) <= drafter.nodes
     assert name == "none" or max(sizes) > 1
+
+
+# --- confidence
+
+
+def test_confidence_is_as_fine_in_half_precision_as_in_single() -> None:
+    """Of 200 different confidences above a third, bfloat16 itself could hold only a few dozen."""
+    rest = torch.randn(200, 1, 50, generator=torch.Generator().manual_seed(3))
+    logits = torch.cat([torch.linspace(4, 9, 200)[:, None, None], rest], -1).bfloat16()
+    sure = top_probability(logits)[:, 0]
+    assert sure.dtype == torch.float32
+    assert torch.allclose(sure, logits.double().softmax(-1).amax(-1)[:, 0].float(), rtol=1e-5)
+    assert len(set(sure[sure > 0.3].tolist())) > 150
+    assert top_probability(logits.double()).dtype == torch.float64

@@ -30,7 +30,7 @@ from scripted import ScriptedDrafter
 from tiny import VOCAB, make_adapter, target
 
 HONEST_CHOICE, HONEST_CLIP = chain_drafter.choose, kangaroo.accept.clip
-Choice = Callable[[Tensor, Tensor, State], tuple[Tensor, Tensor]]
+Choice = Callable[[Tensor, Tensor, State, object], tuple[Tensor, Tensor]]
 
 
 def sampled_chain() -> Drafter:
@@ -47,7 +47,7 @@ def copies() -> PromptLookup:
 
 
 def test_greedy_drafts_scored_with_a_softmax_bias_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    def misreported(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def misreported(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
         return logits.argmax(-1), logits.softmax(-1)
 
     monkeypatch.setattr(chain_drafter, "choose", misreported)
@@ -71,13 +71,13 @@ def test_copied_drafts_said_to_be_uncertain_bias_the_output(monkeypatch: pytest.
 # --- 2. a draft drawn and scored at different temperature or precision
 
 
-def scored_at_temperature_one(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    token, _ = HONEST_CHOICE(logits, tokens, state)
+def scored_at_temperature_one(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
+    token, _ = HONEST_CHOICE(logits, tokens, state, None)
     return token, logits.softmax(-1)
 
 
-def scored_in_eight_bits(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    token, q = HONEST_CHOICE(logits, tokens, state)
+def scored_in_eight_bits(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
+    token, q = HONEST_CHOICE(logits, tokens, state, None)
     assert q is not None
     coarse = (q * 4).round().clamp_min(1) / 4
     return token, coarse / coarse.sum(-1, keepdim=True)

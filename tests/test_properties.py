@@ -68,6 +68,12 @@ def test_ancestors_are_the_path_from_the_root(parents: list[int]) -> None:
     assert [row.nonzero()[:, 0].tolist() for row in reach] == [path_to(i, parents) for i in range(len(parents))]
 
 
+def test_lines_of_every_depth_are_followed_to_the_root() -> None:
+    for nodes in range(1, 66):
+        reach = ancestors(chain(1, nodes))[0]
+        assert torch.equal(reach, torch.ones(nodes, nodes).tril().bool())
+
+
 # --- the cache
 
 

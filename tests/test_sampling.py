@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kangaroo.accept
 import kangaroo.drafters.chain as chain_drafter
@@ -47,6 +48,21 @@ PROCESSORS = {
     "greedy with penalties": Sampling(repetition_penalty=1.3, presence_penalty=0.2, logit_bias={4: 1.0}),
     "everything": EVERYTHING,
 }
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes the operators that run and the shapes of the tensors they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        self.names.add(str(operator.overloadpacket))
+        self.shapes += [made.shape for made in (result if isinstance(result, tuple | list) else (result,))]
+        return result
 
 
 def sampler(*samplings: Sampling, vocab: int = VOCAB) -> Sampler:
@@ -118,6 +134,48 @@ def test_tokens_that_tie_share_their_fate_under_filters() -> None:
     nothing = prefix_of([[0]], [1], torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[-1]]))
     for sampling in (Sampling(temperature=1, top_k=2), Sampling(temperature=1, top_p=0.6)):
         assert sampler(sampling, vocab=5).scores(logits, nothing)[0, 0].isfinite().tolist() == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_greedy_draw_takes_the_first_of_the_best_in_any_precision(kind: torch.dtype) -> None:
+    """As if the logits had been widened first, however many tie; no wider copy of them is made."""
+    logits = (torch.randn(40, 3, 4096, generator=torch.Generator().manual_seed(5)) / 2).to(kind).round(decimals=1)
+    best = logits.amax(-1, keepdim=True)
+    assert int(((logits == best).sum(-1) > 1).sum()) > 10, "some must tie"
+    nothing = prefix_of([[0]] * 40, [1] * 40, torch.zeros(40, 3, dtype=torch.int64), chain(40, 3))
+    with Dispatched() as made:
+        got = sampler(*[Sampling()] * 40, vocab=4096).draw(logits, nothing, torch.zeros(40, 3, dtype=torch.int64))
+    assert torch.equal(got, (logits == best).int().argmax(-1))
+    assert torch.equal(got, logits.double().argmax(-1))
+    assert not [shape for shape in made.shapes if shape == logits.shape]
+
+
+@pytest.mark.parametrize(
+    ("filters", "sorts"), [({"min_p": 0.1}, False), ({"top_k": 5}, False), ({"top_k": 5, "top_p": 0.9}, True)]
+)
+def test_only_top_p_sorts_the_vocabulary(filters: dict[str, Any], sorts: bool) -> None:
+    nothing = prefix_of([[0]], [1], torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[-1]]))
+    with Dispatched() as made:
+        sampler(Sampling(temperature=1.0, **filters)).scores(torch.randn(1, 1, VOCAB), nothing)
+    assert ("aten.sort" in made.names) == sorts
+
+
+def test_penalties_make_no_table_of_the_vocabulary_for_every_node() -> None:
+    vocab, nodes = 4096, 6
+    text = prefix_of([[1, 2, 3, 2]], [2], torch.full((1, nodes), 7), chain(1, nodes))
+    logits = torch.randn(1, nodes, vocab)
+    with Dispatched() as made:
+        sampler(Sampling(repetition_penalty=1.2, presence_penalty=0.1), vocab=vocab).scores(logits, text)
+    assert made.shapes.count(logits.shape) == 1, "the scores themselves"
+
+
+def test_a_filter_of_another_row_leaves_a_row_without_it_alone() -> None:
+    """Tokens so unlikely that the sum of those before them rounds to one are still not cut by a top-p of one."""
+    logits = torch.tensor([0.0, -60, -70, -80])[None, None]
+    alone, beside = Sampling(temperature=1, top_k=3), Sampling(temperature=1, top_p=0.5)
+    nothing = prefix_of([[0]] * 2, [1] * 2, torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -1))
+    got = sampler(alone, beside, vocab=4).scores(logits.repeat(2, 1, 1), nothing)
+    assert got.isfinite().tolist() == [[[True, True, True, False]], [[True, False, False, False]]]
 
 
 @pytest.mark.parametrize(

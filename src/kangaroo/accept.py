@@ -24,8 +24,9 @@ def match(draft: Draft, logits: Tensor, where: Placement, state: State) -> Verdi
 
     Every emitted token is the target's own draw, so no draft can change the text. logits [B, N, V].
     """
-    drawn = state.sampler.draw(logits, state.prefix(draft.tokens, draft.parents), where.positions + 1)
-    return follow(draft, drawn)
+    prefix, positions = state.prefix(draft.tokens, draft.parents), where.positions + 1
+    known = state.ahead(1, draft.tokens.shape[1]) if draft.is_chain else None
+    return follow(draft, state.sampler.draw(logits, prefix, positions, known=known))
 
 
 def follow(draft: Draft, drawn: Tensor) -> Verdict:

@@ -6,6 +6,7 @@ simply does not grow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -27,14 +28,42 @@ class LayerShape:
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
+Views = dict[int, tuple[Tensor, Tensor]]
+"""Layer -> its keys and values."""
+
+
 class KVCache:
     """Keys and values of every layer, allocated once: [B, heads, S, dim] each."""
 
     def __init__(self, shapes: Sequence[LayerShape], batch: int, slots: int):
         self.slots = slots
-        self._keys = [_zeros(shape, batch, slots, shape.key_dim) for shape in shapes]
-        self._values = [_zeros(shape, batch, slots, shape.value_dim) for shape in shapes]
+        # Layers of one shape share a tensor [L, B, heads, S, dim], so that one call makes views of them all.
+        self._stacks: list[tuple[range, Tensor, Tensor]] = []
+        for shape, alike in groupby(range(len(shapes)), key=shapes.__getitem__):
+            layers = list(alike)
+            keys, values = (_zeros(shape, len(layers), batch, slots, dim) for dim in (shape.key_dim, shape.value_dim))
+            self._stacks.append((range(layers[0], layers[-1] + 1), keys, values))
+        self._keys = [layer for _, keys, _ in self._stacks for layer in keys]
+        self._values = [layer for _, _, values in self._stacks for layer in values]
+        self._visible: tuple[int, Views] = 0, {}
         self._rows = {shape.device: torch.arange(batch, device=shape.device) for shape in shapes}
+
+    def views(self, layers: range, begin: int, end: int) -> Views:
+        """Slots [begin, end) of some layers, as views [B, H, end - begin, dim] to read from or to copy into."""
+        found: Views = {}
+        for held, keys, values in self._stacks:
+            wanted = range(max(held.start, layers.start), min(held.stop, layers.stop))
+            if wanted:
+                part = slice(wanted.start - held.start, wanted.stop - held.start)
+                pairs = zip(keys[part, :, :, begin:end].unbind(), values[part, :, :, begin:end].unbind(), strict=True)
+                found.update(zip(wanted, pairs, strict=True))
+        return found
+
+    def visible(self, extent: int) -> Views:
+        """The first `extent` slots of all layers; the latest are kept, as drafting and verification see the same."""
+        if self._visible[0] != extent:
+            self._visible = extent, self.views(range(len(self._keys)), 0, extent)
+        return self._visible[1]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
         """Store keys and values [B, H, N, dim] of a layer at slots [B, N] of `rows` (None: all rows)."""
@@ -55,11 +84,11 @@ class KVCache:
 
     def keep(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` [B, M] onto `destination` [B, M] in every layer. Needed for trees only."""
-        for store in (*self._keys, *self._values):
-            slots = store.transpose(1, 2)
+        for store in (tensor for _, *pair in self._stacks for tensor in pair):
+            slots = store.transpose(2, 3)
             batch = self._rows[slots.device][:, None]
-            slots[batch, destination.to(slots.device)] = slots[batch, source.to(slots.device)]
+            slots[:, batch, destination.to(slots.device)] = slots[:, batch, source.to(slots.device)]
 
 
-def _zeros(shape: LayerShape, batch: int, slots: int, dim: int) -> Tensor:
-    return torch.zeros(batch, shape.heads, slots, dim, dtype=shape.dtype, device=shape.device)
+def _zeros(shape: LayerShape, layers: int, batch: int, slots: int, dim: int) -> Tensor:
+    return torch.zeros(layers, batch, shape.heads, slots, dim, dtype=shape.dtype, device=shape.device)

@@ -11,8 +11,8 @@ from kangaroo.drafters.base import Drafter
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.model import Target
 from kangaroo.sampling import Sampler
-from kangaroo.state import Request, State
-from kangaroo.tree import Draft, Placement, Stop, Verdict, place, place_at, place_chain
+from kangaroo.state import Committed, Request, State
+from kangaroo.tree import Draft, Placement, Stop, place_at
 
 PREFILL_CHUNK = 512
 
@@ -81,11 +81,12 @@ def prefill(target: Target, drafter: Drafter, state: State, rows: Tensor | None 
     The drafter sees every prompt from its first token, be it the only one, and so learns that a row has changed hands.
     """
     chosen = torch.arange(state.batch, device=target.device) if rows is None else rows
-    longest = max(1, int(state.prompt_lengths[chosen].max()) - 1)
+    seated = state.rows if rows is None else [state.rows[row] for row in rows.tolist()]
+    longest = max(1, *(len(row.prompt) - 1 for row in seated))
     for begin in range(0, longest, PREFILL_CHUNK):
         width = min(PREFILL_CHUNK, longest - begin)
         positions = torch.arange(begin, begin + width, device=target.device).expand(len(chosen), width)
-        where = place_at(positions, begin + width, rows)
+        where = place_at(positions, begin + width, rows, begin)
         x = target.embed(state.tokens[chosen, begin : begin + width])
         _, features = target.run(x, where, state.cache, taps=drafter.taps)
         drafter.observe(state, state.commit_prompt(begin, width, where, features))
@@ -93,7 +94,7 @@ def prefill(target: Target, drafter: Drafter, state: State, rows: Tensor | None 
 
 def decode(target: Target, drafter: Drafter, state: State) -> Iterator[Round]:
     """Rounds until every row is done. Between rounds rows may be finished from outside, or given to new requests."""
-    while state.active.any():
+    while state.running:
         yield step(target, drafter, state)
 
 
@@ -101,29 +102,26 @@ def decode(target: Target, drafter: Drafter, state: State) -> Iterator[Round]:
 def step(target: Target, drafter: Drafter, state: State) -> Round:
     """One round: draft, run the target's remaining layers over the draft, keep what the target agrees with."""
     draft = drafter.draft(state)
-    where = place_draft(draft, state)
+    where = draft.where or place_draft(draft, state)
     x = target.embed(draft.tokens) if draft.hidden is None else draft.hidden
     x, features = target.run(x, where, state.cache, start=draft.layers_done, taps=drafter.taps)
     verdict = RULES[state.rule](draft, target.logits(target.norm(x)), where, state)
     verdict = clip(verdict, draft, state)
-    before = state.lengths
-    drafter.observe(state, state.commit(draft, verdict, features))
-    return _summary(draft, verdict, before, state)
+    committed = state.commit(draft, verdict, features)
+    drafter.observe(state, committed)
+    return _summary(draft, committed, state)
 
 
 def place_draft(draft: Draft, state: State) -> Placement:
     """Where the nodes of a draft go."""
-    nodes = draft.tokens.shape[1]
-    if draft.is_chain:
-        return place_chain(state.lengths, nodes, state.longest + nodes)
-    return place(state.lengths, draft.parents, state.longest + nodes)
+    return state.place(draft.tokens.shape[1], None if draft.is_chain else draft.parents)
 
 
-def _summary(draft: Draft, verdict: Verdict, before: Tensor, state: State) -> Round:
-    first, counts = (before + 1).tolist(), verdict.length.tolist()
-    emitted = [state.tokens[row, a : a + n].tolist() for row, (a, n) in enumerate(zip(first, counts, strict=True))]
-    drafted = (draft.valid[:, 1:].sum(1) * (verdict.length > 0)).tolist()
-    return Round(emitted, drafted, draft.stops)
+def _summary(draft: Draft, committed: Committed, state: State) -> Round:
+    # What was committed begins with the token that was pending; what is pending now was emitted last.
+    rows = zip(committed.text, state.rows, strict=True)
+    emitted = [[*text[1:], row.pending] if text else [] for text, row in rows]
+    return Round(emitted, list(committed.drafted), draft.stops)
 
 
 def collect(rounds: Iterable[Round], rows: int) -> list[list[int]]:

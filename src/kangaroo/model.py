@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from kangaroo.cache import KVCache, LayerShape
+from kangaroo.cache import KVCache, LayerShape, Views
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.fingerprint import fingerprint
 from kangaroo.machine import available_bytes, human_bytes
@@ -38,15 +38,28 @@ ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
 
 
 class _Window(Cache):  # type: ignore[misc]
-    """A placement's slots of a KVCache, presented through transformers' public cache interface."""
+    """A placement's slots of some layers of a KVCache, presented through transformers' public cache interface."""
 
-    def __init__(self, cache: KVCache, where: Placement):
+    def __init__(self, cache: KVCache, where: Placement, layers: range):
         super().__init__(layers=[])
-        self._cache, self._where = cache, where
+        self._cache, self._where, self._extent = cache, where, where.mask.shape[-1]
+        self._seen: Views | None = None
+        self._new: Views | None = None
+        if where.rows is None:
+            self._seen = cache.visible(self._extent)
+            if where.start is not None:  # then slots are written by a copy: no index, no scatter
+                self._new = cache.views(layers, where.start, where.start + where.slots.shape[1])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        self._cache.write(layer_idx, self._where.slots, key_states, value_states, self._where.rows)
-        return self._cache.read(layer_idx, self._where.mask.shape[-1], self._where.rows)
+        if self._new is None:
+            self._cache.write(layer_idx, self._where.slots, key_states, value_states, self._where.rows)
+        else:
+            keys, values = self._new[layer_idx]
+            keys.copy_(key_states)
+            values.copy_(value_states)
+        if self._seen is not None:
+            return self._seen[layer_idx]
+        return self._cache.read(layer_idx, self._extent, self._where.rows)
 
 
 class _Recorder(Cache):  # type: ignore[misc]
@@ -75,11 +88,8 @@ class Target:
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
         self._norm = base.norm if hasattr(base, "norm") else base.final_layernorm
-        self._embedding, self._head, self._rotary = (
-            model.get_input_embeddings(),
-            model.lm_head,
-            base.rotary_emb,
-        )
+        self._embedding, self._head = model.get_input_embeddings(), model.lm_head
+        self._rotary = base.rotary_emb
         self.num_layers, self.width = len(self.layers), int(self.config.hidden_size)
         self.vocab_size = int(self._head.weight.shape[0])
         self.device, self.dtype = self._embedding.weight.device, model.dtype
@@ -111,7 +121,7 @@ class Target:
         """
         stop = self.num_layers if stop is None else stop
         features = {start: x} if start in taps else {}
-        past = None if cache is None else _Window(cache, where)
+        past = None if cache is None else _Window(cache, where, range(start, stop))
         inputs = {kind: self._layer_inputs(kind, where, x) for kind in set(self._kinds[start:stop])}
         for index in range(start, stop):
             x = self.layers[index](x, past_key_values=past, use_cache=past is not None, **inputs[self._kinds[index]])
@@ -146,7 +156,8 @@ class Target:
 
     def attend(self, attention: nn.Module, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """Run an attention module made by `new_attention` on normed states x [B, N, D]."""
-        past = None if cache is None else _Window(cache, where)
+        own = cast(int, attention.layer_idx)
+        past = None if cache is None else _Window(cache, where, range(own, own + 1))
         return attention(x, past_key_values=past, **self._layer_inputs(self._adapter_kind, where, x))[0]  # type: ignore[no-any-return]
 
     def new_attention(self, place: int = 0) -> nn.Module:
@@ -232,7 +243,7 @@ class Target:
         if kind == SLIDING:
             near = where.slot_positions[:, None] > where.positions[..., None] - self._window
             visible = visible & near
-        blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        blocked = torch.zeros_like(visible, dtype=dtype)
         return blocked.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
     def _rotate(self, kind: str, where: Placement, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,8 @@ class Sampling:
             raise ConfigError("logit_bias must map token ids >= 0 to numbers, or to -inf to forbid a token")
 
 
+Columns = Sequence[tuple[int, ...]]
+"""Columns of a tensor [B, N], on the host."""
 NOISE_KEPT = 1 << 20
 """Numbers of noise a sampler remembers, at most."""
 
@@ -126,10 +128,12 @@ class Sampler:
         self.penalised = any(
             r.repetition_penalty != 1 or r.presence_penalty != 0 or r.frequency_penalty != 0 for r in rows
         )
-        self._any_filter = any(r.top_k or r.top_p < 1 or r.min_p > 0 for r in rows)
+        self._most = max((min(r.top_k, self.vocab_size) for r in rows if r.top_k), default=0)
+        self._nucleus, self._floor = any(r.top_p < 1 for r in rows), any(r.min_p > 0 for r in rows)
         self._hot = column([float(r.temperature > 0) for r in rows])
         self._temperature = column([r.temperature or 1.0 for r in rows])
-        self._top_k = column([min(r.top_k or self.vocab_size, self.vocab_size) for r in rows]).long()
+        self._top_k = column([min(r.top_k or 1, self.vocab_size) for r in rows]).long()
+        self._every_k = column([float(not r.top_k) for r in rows]).bool()
         self._top_p = column([r.top_p for r in rows])
         self._log_min_p = column([math.log(r.min_p) if r.min_p > 0 else -math.inf for r in rows])
         self._repetition = column([r.repetition_penalty for r in rows])
@@ -143,6 +147,7 @@ class Sampler:
             for i, row in enumerate(rows):
                 for token, bias in row.logit_bias.items():
                     self._bias[i, 0, token] = bias
+        self._untouched = self.greedy and not self.penalised and self._bias is None
 
     def scores(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """Logits [B, N, V] after bias, penalties, temperature and filters; what is filtered out is -inf.
@@ -159,43 +164,55 @@ class Sampler:
         if self.greedy:
             return scores
         scores = scores / self._temperature.to(kind)
-        if self._any_filter:
+        if self._most or self._nucleus or self._floor:
             scores = torch.where(self._hot.bool(), self._filter(scores), scores)
         return scores
 
     def _penalise(self, scores: Tensor, prefix: Prefix) -> Tensor:
-        # A drafter asks about its newest nodes only: the last ones of the prefix.
-        everything, output = (c[:, -scores.shape[1] :] for c in count_tokens(prefix, self.vocab_size))
-        repetition = self._repetition.to(scores.dtype)
-        punished = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores = torch.where(everything > 0, punished, scores)
-        penalty = self._frequency * output + self._presence * (output > 0)
-        return scores - penalty.to(scores.dtype)
+        # Only tokens that occur change; one that stands in several places gets the same score from each of them.
+        seen = count_tokens(prefix, scores.shape[1], self.vocab_size)
+        old, repetition = scores.gather(2, seen.tokens), self._repetition.to(scores.dtype)
+        punished = torch.where(old > 0, old / repetition, old * repetition)
+        new = torch.where(seen.everywhere > 0, punished, old)
+        penalty = self._frequency * seen.output + self._presence * (seen.output > 0)
+        return scores.scatter(2, seen.tokens, new - penalty.to(scores.dtype))
 
     def _filter(self, scores: Tensor) -> Tensor:
-        # Each filter is a lower bound on the score, so tokens that tie share their fate whatever the sort did.
-        ordered = scores.sort(-1, descending=True).values
-        kth = ordered.gather(-1, (self._top_k - 1).expand(*ordered.shape[:2], 1))
-        ordered = ordered.masked_fill(ordered < kth, -math.inf)
-        probs = ordered.softmax(-1)
-        kept = (probs.cumsum(-1) - probs) < self._top_p.to(probs.dtype)
-        pth = ordered.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
-        mth = ordered[..., :1] + self._log_min_p.to(scores.dtype)
-        return scores.masked_fill(scores < torch.maximum(torch.maximum(kth, pth), mth), -math.inf)
+        # Each filter is a lower bound on the score, so tokens that tie share their fate whatever the sort did. Only
+        # top-p has to see the whole vocabulary in order.
+        if self._nucleus:
+            ordered = scores.sort(-1, descending=True).values
+        else:
+            ordered = scores.topk(self._most, -1).values if self._most else scores.amax(-1, keepdim=True)
+        bound = ordered[..., :1] + self._log_min_p.to(scores.dtype)
+        if self._most:
+            kth = ordered.gather(-1, (self._top_k - 1).expand(*ordered.shape[:2], 1))
+            kth = kth.masked_fill(self._every_k, -math.inf)
+            bound, ordered = torch.maximum(bound, kth), ordered.masked_fill(ordered < kth, -math.inf)
+        if self._nucleus:
+            probs = ordered.softmax(-1)
+            kept = ((probs.cumsum(-1) - probs) < self._top_p.to(probs.dtype)) | (self._top_p == 1)
+            bound = torch.maximum(bound, ordered.masked_fill(~kept, math.inf).amin(-1, keepdim=True))
+        return scores.masked_fill(scores < bound, -math.inf)
 
-    def perturb(self, scores: Tensor, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
-        """Add Gumbel noise keyed by the positions [B, N] of the tokens being drawn; none at temperature 0."""
+    def perturb(
+        self, scores: Tensor, positions: Tensor, stream: Stream = Stream.TARGET, known: Columns | None = None
+    ) -> Tensor:
+        """Add Gumbel noise keyed by the positions [B, N] of the tokens being drawn; none at temperature 0.
+
+        `known` are the same positions as the host knows them, column by column: without it they may have to be read.
+        """
         if self.greedy:
             return scores
-        return scores + self._noise(positions, stream).to(scores.dtype)
+        return scores + self._noise(positions, stream, known).to(scores.dtype)
 
-    def _noise(self, positions: Tensor, stream: Stream) -> Tensor:
+    def _noise(self, positions: Tensor, stream: Stream, known: Columns | None) -> Tensor:
         # Draft and target draw at the same positions, and so do the siblings of a tree. On a CPU, where noise costs as
         # much as a layer of a small model, the columns made last are kept: they are a pure function of the positions.
         kept = NOISE_KEPT // (len(self._rows) * self.vocab_size)
         if stream != Stream.TARGET or self.device.type != "cpu" or kept == 0:
             return gumbel(self.keys(positions, stream), self.vocab_size) * self._hot
-        columns = [tuple(column) for column in positions.T.tolist()]
+        columns = [tuple(column) for column in positions.T.tolist()] if known is None else known
         missing = list(dict.fromkeys(column for column in columns if column not in self._recent))
         if missing:
             fresh = gumbel(self.keys(torch.tensor(missing).T, stream), self.vocab_size) * self._hot
@@ -205,9 +222,18 @@ class Sampler:
             del self._recent[column]
         return noise
 
-    def draw(self, logits: Tensor, prefix: Prefix, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
-        """The token [B, N] drawn at each node (the Gumbel-max trick); `positions` are those of the drawn tokens."""
-        return self.perturb(self.scores(logits, prefix), positions, stream).argmax(-1)
+    def draw(
+        self,
+        logits: Tensor,
+        prefix: Prefix,
+        positions: Tensor,
+        stream: Stream = Stream.TARGET,
+        known: Columns | None = None,
+    ) -> Tensor:
+        """The token [B, N] drawn at each node (the Gumbel-max trick); positions as in `perturb`."""
+        if self._untouched:  # a wider type would hold the same numbers in the same order
+            return logits.argmax(-1)
+        return self.perturb(self.scores(logits, prefix), positions, stream, known).argmax(-1)
 
     def probs(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """The distribution [B, N, V] that `draw` draws from; one-hot at temperature 0."""
@@ -224,24 +250,33 @@ class Sampler:
         return _finalise((self._keys[:, None] + _GOLDEN) ^ (counters * 4 + int(stream)))
 
 
-def count_tokens(prefix: Prefix, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """How often each token occurs before the token that follows each node: [B, N, V] in everything, in the output."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Tokens that occur before the token that follows each node, and how often: [B, N, K] each, with repetitions."""
+
+    tokens: Tensor
+    everywhere: Tensor
+    """Occurrences in prompt and output, of the tokens of the same place."""
+    output: Tensor
+
+
+def count_tokens(prefix: Prefix, nodes: int, vocab_size: int) -> Seen:
+    """What the last `nodes` nodes of a prefix look back at: committed tokens, and drafted ones on their paths."""
     batch, slots = prefix.tokens.shape
-    nodes = prefix.nodes.shape[1]
-    reach = ancestors(prefix.parents).double()
-    index = prefix.nodes[:, None].expand(batch, nodes, nodes)
+    reach = ancestors(prefix.parents)[:, -nodes:].double()
     # The pending token is output unless it is the last token of the prompt, as in the first round.
     fresh = reach.clone()
     fresh[:, :, 0] *= (prefix.lengths >= prefix.prompt_lengths)[:, None]
     slot = torch.arange(slots, device=prefix.tokens.device)
     committed = (slot < prefix.lengths[:, None]).double()
     emitted = committed * (slot >= prefix.prompt_lengths[:, None])
-    result = []
+    tokens = torch.cat([prefix.tokens, prefix.nodes], 1)
+    drafted = (prefix.nodes[..., None] == tokens[:, None]).double()
+    counts = []
     for old, new in ((committed, reach), (emitted, fresh)):
         base = torch.zeros(batch, vocab_size, dtype=torch.float64, device=slot.device)
-        base.scatter_add_(1, prefix.tokens, old)
-        result.append(base[:, None].repeat(1, nodes, 1).scatter_add_(2, index, new))
-    return result[0], result[1]
+        counts.append(base.scatter_add_(1, prefix.tokens, old).gather(1, tokens)[:, None] + new @ drafted)
+    return Seen(tokens[:, None].expand(-1, nodes, -1), *counts)
 
 
 # Constants of the splitmix64 generator (Steele, Lea and Flood 2014) as signed 64-bit numbers.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kangaroo.cache import KVCache
 from kangaroo.errors import CapacityError
-from kangaroo.sampling import Prefix, Sampler, Sampling
-from kangaroo.tree import Draft, Placement, Verdict, pick, place_at
+from kangaroo.sampling import Columns, Prefix, Sampler, Sampling
+from kangaroo.tree import Draft, Placement, Verdict, pick, place, place_at, place_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,17 @@ class Request:
     prompt: Sequence[int]
     sampling: Sampling
     max_tokens: int
+
+
+@dataclass(slots=True)
+class Row:
+    """What the host knows of a row, as of the latest round: read once a round, so that nothing else has to ask."""
+
+    prompt: Sequence[int]
+    length: int
+    room: int
+    active: bool
+    pending: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +46,14 @@ class Committed:
     """Layer count -> target states [B, M, D] after that many layers."""
     path: Tensor | None
     """[B, M] the nodes of the draft they were; None for tokens of a prompt."""
+    text: Sequence[Sequence[int]]
+    """The valid tokens of each row, on the host."""
+    drafted: Sequence[int]
+    """Per row, how many tokens its draft proposed, padding not counted; 0 for prompts and finished rows."""
 
 
 class State:
-    """Rows being decoded. `lengths` is the only truth about length.
+    """Rows being decoded. `lengths` is the only truth about length; `rows` is what the host last heard of it.
 
     A row's first `lengths[b]` tokens are committed: their K/V are valid in every target layer. The token after them
     is pending: known, but not yet run. At first that is the prompt's last token, so every emitted token comes from a
@@ -55,8 +70,7 @@ class State:
         spare: int = 1,
     ):
         """`spare` slots of the cache are for drafts: a row holds at most `capacity` tokens, prompt and output."""
-        device = sampler.device
-        rows = len(requests)
+        device, rows = sampler.device, len(requests)
         self.cache, self.sampler, self.rule = cache, sampler, rule
         self.capacity = cache.slots - spare
         self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
@@ -66,9 +80,7 @@ class State:
         self.room = torch.zeros_like(self.lengths)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rounds = 0
-        self.longest = 0
-        for row, request in enumerate(requests):
-            self._seat(row, request)
+        self.rows = [self._seat(row, request) for row, request in enumerate(requests)]
 
     @torch.inference_mode()
     def assign(self, row: int, request: Request) -> None:
@@ -76,10 +88,10 @@ class State:
 
         Raises CapacityError if the row is too short for it.
         """
-        self._seat(row, request)
+        self.rows[row] = self._seat(row, request)
         self.sampler.replace(row, request.sampling)
 
-    def _seat(self, row: int, request: Request) -> None:
+    def _seat(self, row: int, request: Request) -> Row:
         prompt = torch.tensor(list(request.prompt), dtype=torch.int64, device=self.tokens.device)
         assert len(prompt) >= 1, "an empty prompt has no pending token"
         if len(prompt) + request.max_tokens > self.capacity:
@@ -92,25 +104,48 @@ class State:
         self.prompt_lengths[row] = len(prompt)
         self.room[row] = request.max_tokens
         self.active[row] = True
+        return Row(request.prompt, 0, request.max_tokens, True, request.prompt[-1])
 
     @torch.inference_mode()
     def finish(self, row: int) -> None:
         """Stop a row, for reasons found downstream: a stop string, a client that went away."""
-        self.active[row] = False
+        self.active[row] = self.rows[row].active = False
 
     @property
     def batch(self) -> int:
         """Number of rows."""
-        return len(self.lengths)
+        return len(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Committed tokens of the longest row."""
+        return max(row.length for row in self.rows)
+
+    @property
+    def running(self) -> bool:
+        """Whether some row is active."""
+        return any(row.active for row in self.rows)
 
     @property
     def pending(self) -> Tensor:
         """[B, 1] the token of each row that is known but not yet run."""
         return self.tokens.gather(1, self.lengths[:, None])
 
+    def place(self, nodes: int, parents: Tensor | None = None) -> Placement:
+        """Where a draft of so many nodes goes: a tree [B, N], or a chain if no parents are given."""
+        extent, first = self.longest + nodes, self.rows[0].length
+        start = first if all(row.length == first for row in self.rows) else None
+        if parents is None:
+            return place_chain(self.lengths, nodes, extent, start)
+        return place(self.lengths, parents, extent, start)
+
     def prefix(self, nodes: Tensor, parents: Tensor) -> Prefix:
         """What the processors of a draft's nodes [B, N] look back at."""
-        return Prefix(self.tokens, self.lengths, self.prompt_lengths, nodes, parents)
+        return Prefix(self.tokens[:, : self.longest], self.lengths, self.prompt_lengths, nodes, parents)
+
+    def ahead(self, first: int, count: int = 1) -> Columns:
+        """The positions `first`, `first` + 1, ... after each row's pending token, as the host knows them."""
+        return [tuple(row.length + first + i for row in self.rows) for i in range(count)]
 
     def round_counters(self, nodes: int) -> Tensor:
         """[B, N] numbers that no other round of a row uses (its length grows every round), for keying noise."""
@@ -122,16 +157,21 @@ class State:
         target = self.prompt_lengths[rows] - 1
         count = (target - start).clamp(0, width)
         self.lengths[rows] = torch.maximum(self.lengths[rows], torch.minimum(target, start + count))
-        self.longest = int(self.lengths.max())
-        return Committed(self.tokens[rows, start : start + width], where, count, features, None)
+        text = []
+        for row in self.rows if where.rows is None else (self.rows[i] for i in where.rows.tolist()):
+            ran = min(start + width, len(row.prompt) - 1)
+            row.length = max(row.length, ran)
+            text.append(list(row.prompt[start:ran]))
+        tokens = self.tokens[rows, start : start + width]
+        return Committed(tokens, where, count, features, None, text, [0] * len(text))
 
     def commit(self, draft: Draft, verdict: Verdict, features: Mapping[int, Tensor]) -> Committed:
         """Make the accepted path contiguous, grow the rows, set the new pending tokens, close rows that are done."""
         columns = torch.arange(verdict.path.shape[1], device=self.lengths.device)
         last = (verdict.length - 1).clamp_min(0)
         columns = torch.minimum(columns, last[:, None])
-        path = verdict.path.gather(1, columns)
         positions = self.lengths[:, None] + columns
+        path = columns if draft.is_chain else verdict.path.gather(1, columns)
         if not draft.is_chain:
             self.cache.keep(self.lengths[:, None] + path, positions)
         tokens = draft.tokens.gather(1, path)
@@ -142,7 +182,19 @@ class State:
         ended = torch.isin(verdict.next_token, self.eos)
         self.active = self.active & (self.room > 0) & ~ended
         self.rounds += 1
-        self.longest = int(self.lengths.max())
+        text, drafted = self._read(tokens, verdict, draft)
         picked = {layers: pick(x, path) for layers, x in features.items()}
         where = place_at(positions, self.longest + 1)
-        return Committed(tokens, where, verdict.length, picked, path)
+        return Committed(tokens, where, verdict.length, picked, path, text, drafted)
+
+    def _read(self, tokens: Tensor, verdict: Verdict, draft: Draft) -> tuple[list[list[int]], list[int]]:
+        """Bring `rows` up to date and return the committed tokens and the lengths of the drafts: a round's one read."""
+        drafted = draft.valid[:, 1:].sum(1)
+        facts = torch.stack([verdict.length, drafted, self.lengths, self.room, self.active, verdict.next_token], 1)
+        text, lengths = [], []
+        for row, told in zip(self.rows, torch.cat([facts, tokens], 1).tolist(), strict=True):
+            count, proposed, row.length, row.room, active, row.pending, *path = told
+            row.active = bool(active)
+            text.append(path[:count])
+            lengths.append(proposed if count else 0)
+        return text, lengths

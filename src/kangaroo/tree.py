@@ -44,6 +44,8 @@ class Draft:
     """Target layers that have run every node, their K/V written at the nodes' slots."""
     probs: Tensor | None = None
     """[B, N, V] the distribution each node was drawn from; None means the drafts were not drawn at random."""
+    where: "Placement | None" = None
+    """Where the nodes sit, from a drafter that has placed them to run the shallow layers."""
 
     @property
     def is_chain(self) -> bool:
@@ -65,16 +67,20 @@ class Placement:
     """[B, S] int64: the position of the token in each slot, for masks that reach by distance (sliding windows)."""
     rows: Tensor | None = None
     """[B] the cache rows these nodes belong to; None for all rows in order."""
+    start: int | None = None
+    """The slot of node 0 where the host knows that it is the same in every row, and the others follow in order."""
     derived: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
     """What a model has made of this placement; nodes are the last dimension but one. Slices inherit it."""
 
     def __getitem__(self, nodes: slice) -> "Placement":
+        positions = self.positions[:, nodes]
         return Placement(
-            self.positions[:, nodes],
-            self.slots[:, nodes],
+            positions,
+            positions if self.slots is self.positions else self.slots[:, nodes],
             self.mask[:, nodes],
             self.slot_positions,
             self.rows,
+            None if self.start is None else self.start + nodes.indices(self.slots.shape[1])[0],
             {key: tuple(tensor[..., nodes, :] for tensor in made) for key, made in self.derived.items()},
         )
 
@@ -86,18 +92,20 @@ def chain(batch: int, nodes: int, device: torch.device | None = None) -> Tensor:
 
 def ancestors(parents: Tensor) -> Tensor:
     """[B, N] parents -> [B, N, N] bool: does node j lie on the path from the root to node i, i included?"""
-    batch, nodes = parents.shape
-    reach = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(batch, 1, 1)
-    rows = torch.arange(batch, device=parents.device)
-    for i in range(1, nodes):
-        reach[:, i] |= reach[rows, parents[:, i]]
-    return reach
+    nodes = parents.shape[1]
+    every = torch.arange(nodes, device=parents.device)
+    # Each product doubles how far up a node sees: itself and its parent, then four of its line, eight, ...
+    reach = ((parents[..., None] == every) | (every[:, None] == every)).float()
+    for _ in range(max(0, nodes - 2).bit_length()):
+        reach = (reach @ reach).clamp_max_(1)
+    return reach.bool()
 
 
-def place(lengths: Tensor, parents: Tensor, extent: int) -> Placement:
+def place(lengths: Tensor, parents: Tensor, extent: int, start: int | None = None) -> Placement:
     """Lay a tree out in the slots right after each row's committed tokens.
 
-    lengths [B], parents [B, N]; `extent` is the number of slots attention looks at, at least max(lengths) + N.
+    lengths [B], parents [B, N]; `extent` is the number of slots attention looks at, at least max(lengths) + N;
+    `start` is the length that all rows have, if the host knows of one.
     """
     reach = ancestors(parents)
     batch, nodes = parents.shape
@@ -107,18 +115,19 @@ def place(lengths: Tensor, parents: Tensor, extent: int) -> Placement:
     mask = (every < lengths[:, None])[:, None].repeat(1, nodes, 1)
     mask.scatter_(2, slots[:, None].expand(batch, nodes, nodes), reach)
     slot_positions = every.repeat(batch, 1).scatter_(1, slots, positions)
-    return Placement(positions, slots, mask, slot_positions)
+    return Placement(positions, slots, mask, slot_positions, start=start)
 
 
-def place_chain(lengths: Tensor, nodes: int, extent: int) -> Placement:
+def place_chain(lengths: Tensor, nodes: int, extent: int, start: int | None = None) -> Placement:
     """`place` for a chain: slot, position and order coincide."""
-    return place_at(lengths[:, None] + torch.arange(nodes, device=lengths.device), extent)
+    return place_at(lengths[:, None] + torch.arange(nodes, device=lengths.device), extent, start=start)
 
 
-def place_at(positions: Tensor, extent: int, rows: Tensor | None = None) -> Placement:
+def place_at(positions: Tensor, extent: int, rows: Tensor | None = None, start: int | None = None) -> Placement:
     """Nodes of one unbranched sequence per row, at the slots that equal their positions [B, N]."""
     every = torch.arange(extent, device=positions.device)
-    return Placement(positions, positions, every <= positions[..., None], every.expand(len(positions), -1), rows)
+    mask = every <= positions[..., None]
+    return Placement(positions, positions, mask, every.expand(len(positions), -1), rows, start)
 
 
 def sequence(batch: int, length: int, device: torch.device | None = None) -> Placement:

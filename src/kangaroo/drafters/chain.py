@@ -1,6 +1,6 @@
 """Drafting token by token, until every row is unsure, has no room, or has drafted enough: the loop chains share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.sampling import Stream
-from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, Stop, chain
+from kangaroo.state import Committed, Row, State
+from kangaroo.tree import Draft, Placement, Stop, chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Chain:
         """How many times the draft model ran: K."""
         return self.tokens.shape[1] - 1
 
-    def draft(self, *, hidden: Tensor | None = None, layers_done: int = 0) -> Draft:
+    def draft(self, *, hidden: Tensor | None = None, layers_done: int = 0, where: Placement | None = None) -> Draft:
         """As what the target is to verify, with the work already done on it."""
         batch, nodes = self.tokens.shape
         return Draft(
@@ -43,22 +43,23 @@ class Chain:
             hidden=hidden,
             layers_done=layers_done,
             probs=self.probs,
+            where=where,
         )
 
 
 class Stopping(Protocol):
-    """Decides how far to draft."""
+    """Decides how far to draft, on the host: at most one read from the device a token."""
 
-    def begin(self, state: State) -> Tensor:
-        """[B] bool: draft at all?"""
+    def begin(self, state: State) -> Sequence[bool]:
+        """Per row: draft at all?"""
         ...
 
-    def go_on(self, logits: Tensor) -> Tensor:
-        """[B] bool: draft one more after the token just drafted from logits [B, 1, V]?"""
+    def go_on(self, logits: Tensor) -> Sequence[bool]:
+        """Per row: draft one more after the token just drafted from logits [B, 1, V]?"""
         ...
 
-    def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
-        """Tokens have joined their rows; `drafted` [B] were proposed in the round."""
+    def observe(self, state: State, committed: Committed) -> None:
+        """Tokens have joined their rows."""
         ...
 
 
@@ -68,64 +69,72 @@ class Threshold:
     def __init__(self, threshold: float):
         self._threshold = threshold
 
-    def begin(self, state: State) -> Tensor:
+    def begin(self, state: State) -> Sequence[bool]:
         """Always."""
-        return torch.ones_like(state.active)
+        return [True] * state.batch
 
-    def go_on(self, logits: Tensor) -> Tensor:
-        """While sure."""
-        return top_probability(logits)[:, 0] >= self._threshold
+    def go_on(self, logits: Tensor) -> Sequence[bool]:
+        """While sure; a threshold of 0 need not look."""
+        if self._threshold <= 0:
+            return [True] * len(logits)
+        return [confidence >= self._threshold for confidence in top_probability(logits)[:, 0].tolist()]
 
-    def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
+    def observe(self, state: State, committed: Committed) -> None:
         """Nothing to learn."""
 
 
 def top_probability(logits: Tensor) -> Tensor:
-    """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence)."""
+    """[B, N, V] -> [B, N]: the top-1 probability at temperature 1, before any processor (the paper's confidence).
+
+    In float32 at least: in bfloat16 the numbers between 0.25 and 1 are few, and calibrations tell finer ones apart.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def draft_chain(
     state: State,
-    limits: Tensor,
+    limits: Sequence[int],
     stopping: Stopping,
     step: Callable[[Tensor, int], Tensor],
     vocabulary: DraftVocabulary | None = None,
 ) -> Chain:
-    """Draft at most `limits` [B] tokens per row, and no more than it has room for.
+    """Draft at most `limits` tokens per row, and no more than it has room for.
 
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
     logits [B, 1, V], or [B, 1, n] over a draft vocabulary. The token after which a row stops stays in the draft.
     """
-    limits = torch.minimum(limits, state.room - 1).clamp_min(0) * state.active
-    confident = stopping.begin(state) if bool(limits.any()) else torch.ones_like(state.active)
-    going = (limits > 0) & confident
+    limits = [max(0, min(most, row.room - 1)) * row.active for most, row in zip(limits, state.rows, strict=True)]
+    sure = list(stopping.begin(state)) if any(limits) else [True] * state.batch
+    counts = [0] * state.batch
     tokens, probs = [state.pending], list[Tensor]()
-    valid = [torch.ones_like(state.pending, dtype=torch.bool)]
-    for k in range(int((limits * going).max())):
-        logits = step(tokens[-1], k)
+    while going := [row for row in range(state.batch) if sure[row] and counts[row] == len(tokens) - 1 < limits[row]]:
+        logits = step(tokens[-1], len(tokens) - 1)
         token, q = choose(logits, torch.cat(tokens, 1), state, vocabulary)
         tokens.append(token)
         probs += [] if q is None else [q]
-        valid.append(going[:, None])
-        confident = torch.where(going, stopping.go_on(logits), confident)
-        going = going & confident & (limits > k + 1)
-        if not going.any():
-            break
+        for row, goes_on in enumerate(stopping.go_on(logits)):
+            if row in going:
+                counts[row], sure[row] = counts[row] + 1, goes_on
     return Chain(
         torch.cat(tokens, 1),
-        torch.cat(valid, 1),
+        _valid(counts, state),
         torch.cat([torch.zeros_like(probs[0]), *probs], 1) if probs else None,
-        _reasons(state, limits, confident),
+        tuple(map(_reason, state.rows, sure, limits)),
     )
 
 
-def _reasons(state: State, limits: Tensor, confident: Tensor) -> tuple[Stop, ...]:
-    rows = zip(state.active.tolist(), confident.tolist(), (limits >= state.room - 1).tolist(), strict=True)
-    return tuple(
-        Stop.INACTIVE if not active else Stop.CONFIDENCE if not sure else Stop.ROOM if full else Stop.LENGTH
-        for active, sure, full in rows
-    )
+def _valid(counts: Sequence[int], state: State) -> Tensor:
+    nodes, device = max(counts) + 1, state.tokens.device
+    if min(counts) == max(counts):
+        return torch.ones(state.batch, nodes, dtype=torch.bool, device=device)
+    return torch.arange(nodes, device=device) <= torch.tensor(counts, device=device)[:, None]
+
+
+def _reason(row: Row, sure: bool, limit: int) -> Stop:
+    if not row.active:
+        return Stop.INACTIVE
+    return Stop.CONFIDENCE if not sure else Stop.ROOM if limit >= row.room - 1 else Stop.LENGTH
 
 
 def choose(
@@ -143,7 +152,8 @@ def choose(
     prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
     if state.rule == "match":
         # With the target's own noise: where q is close to p, the two draws are the same token.
-        return state.sampler.draw(logits, prefix, (state.lengths + nodes)[:, None]), None
+        positions, known = (state.lengths + nodes)[:, None], state.ahead(nodes)
+        return state.sampler.draw(logits, prefix, positions, known=known), None
     counters = state.round_counters(nodes)[:, -1:]
     token, q = state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
     if vocabulary is not None:

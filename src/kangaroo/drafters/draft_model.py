@@ -95,7 +95,8 @@ class DraftModel:
             return self._fit(self._run(state, known, positions, None)[:, -1:])
 
         left = self.model.context - 1 - state.lengths  # where its context ends, drafting does
-        drafted = draft_chain(state, torch.minimum(self._lengths, left), Threshold(self._config.threshold), step)
+        limits = torch.minimum(self._lengths, left).tolist()
+        drafted = draft_chain(state, limits, Threshold(self._config.threshold), step)
         self._steps, self._drafted = drafted.steps, drafted.valid.sum(1) - 1
         return drafted.draft()
 

@@ -24,15 +24,15 @@ class Arrival:
 def arrivals(committed: Committed) -> Iterator[Arrival]:
     """The committed tokens, row by row, on the host."""
     where, prompt = committed.where, committed.path is None
-    rows = range(len(committed.tokens)) if where.rows is None else where.rows.tolist()
-    columns = (committed.tokens.tolist(), committed.count.tolist(), where.positions[:, 0].tolist())
-    for row, tokens, count, first in zip(rows, *columns, strict=True):
-        yield Arrival(row, tokens[:count], prompt and first == 0, prompt)
+    rows = range(len(committed.text)) if where.rows is None else where.rows.tolist()
+    fresh = prompt and where.start == 0
+    for row, tokens in zip(rows, committed.text, strict=True):
+        yield Arrival(row, list(tokens), fresh, prompt)
 
 
 def copy_chain(state: State, copies: Sequence[Sequence[int]]) -> Draft:
     """A draft of one chain per row, each cut to the room its row has; a row that has none drafts nothing."""
-    room, active = (state.room - 1).tolist(), state.active.tolist()
+    room, active = [row.room - 1 for row in state.rows], [row.active for row in state.rows]
     cut = [list(copy[: max(0, free)]) if on else [] for copy, free, on in zip(copies, room, active, strict=True)]
     width = max(map(len, cut), default=0)
     device = state.tokens.device

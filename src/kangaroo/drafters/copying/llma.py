@@ -66,7 +66,7 @@ class LLMA:
 
     def draft(self, state: State) -> Draft:
         """What follows the row's latest output in a reference; nothing before there is any."""
-        return copy_chain(state, [self._find(row, token) for row, token in enumerate(state.pending[:, 0].tolist())])
+        return copy_chain(state, [self._find(number, row.pending) for number, row in enumerate(state.rows)])
 
     def _find(self, row: int, pending: int) -> list[int]:
         output = self._outputs[row]

@@ -51,8 +51,8 @@ class PromptLookup:
 
     def draft(self, state: State) -> Draft:
         """The continuation found for each row."""
-        pending, limit = state.pending[:, 0].tolist(), self._config.max_draft
-        return copy_chain(state, [self._texts[row].continuation(token, limit)[1] for row, token in enumerate(pending)])
+        limit, rows = self._config.max_draft, enumerate(state.rows)
+        return copy_chain(state, [self._texts[number].continuation(row.pending, limit)[1] for number, row in rows])
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], PromptLookup]:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from kangaroo.drafters.chain import Stopping, Threshold
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
@@ -77,18 +75,16 @@ class Kangaroo:
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = config.max_draft + 1
         self._chain = SelfChain(self.model, self.nodes)
-        self._drafted = torch.zeros(0, dtype=torch.int64)
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen, and the stopping rule what became of the draft."""
         self._chain.observe(state, committed)
-        self._stopping.observe(state, committed, self._drafted)
+        self._stopping.observe(state, committed)
 
     def draft(self, state: State) -> Draft:
         """One token per step until every row stops, has no room, or has drafted `max_draft`."""
-        drafted = self._chain.grow(state, torch.full_like(state.room, self.nodes - 1), self._stopping)
-        self._drafted = drafted.valid.sum(1) - 1
-        return self._chain.finish(state, drafted)
+        limits = [self.nodes - 1] * state.batch
+        return self._chain.finish(state, self._chain.grow(state, limits, self._stopping))
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:

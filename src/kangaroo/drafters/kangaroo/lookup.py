@@ -11,7 +11,7 @@ draft step costs its share of the weights, a further node to verify `node_cost`.
 like any draft.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,6 @@ class KangarooLookup:
         self._odds: dict[int, Odds] = {}
         self._texts: dict[int, NgramIndex] = {}
         self._matches: list[int] = []
-        self._drafted: list[int] = []
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter and the index; after a round, learn from its outcome."""
@@ -115,13 +114,12 @@ class KangarooLookup:
                 self._odds[arrived.row] = Odds(self._config, self._draft_cost)
             self._texts[arrived.row].extend(arrived.tokens)
             if not arrived.prompt and arrived.tokens:
-                self._odds[arrived.row].learn(
-                    self._matches[arrived.row], self._drafted[arrived.row], len(arrived.tokens)
-                )
+                drafted = committed.drafted[arrived.row]
+                self._odds[arrived.row].learn(self._matches[arrived.row], drafted, len(arrived.tokens))
 
     def draft(self, state: State) -> Draft:
         """Copies where they promise more, drafts of the adapter elsewhere."""
-        found = [self._look_up(row, token) for row, token in enumerate(state.pending[:, 0].tolist())]
+        found = [self._look_up(number, row.pending) for number, row in enumerate(state.rows)]
         copies = copy_chain(state, [copy for _, copy in found])
         self._matches = [match for match, _ in found]
         copying = torch.tensor(self._matches, device=state.tokens.device) > 0
@@ -130,10 +128,9 @@ class KangarooLookup:
             copied = copies.tokens[:, k : k + 1]  # of no width past the longest copy
             return torch.where(copying[:, None], copied, tokens) if copied.shape[1] else tokens
 
-        limits = torch.where(copying, 0, self._config.max_draft)
-        joined = _merge(self._chain.grow(state, limits, self._stopping, replaced), copies, copying)
-        self._drafted = (joined.valid.sum(1) - 1).tolist()
-        return self._chain.finish(state, joined)
+        limits = [0 if match else self._config.max_draft for match in self._matches]
+        grown = self._chain.grow(state, limits, self._stopping, replaced)
+        return self._chain.finish(state, _merge(grown, copies, copying, self._matches))
 
     def _look_up(self, row: int, pending: int) -> tuple[int, list[int]]:
         """(length of the match, the copy) if copying promises more, else (0, [])."""
@@ -141,7 +138,7 @@ class KangarooLookup:
         return (match, copy) if match and self._odds[row].prefers_copy(match, len(copy)) else (0, [])
 
 
-def _merge(drafted: Chain, copies: Draft, copying: Tensor) -> Chain:
+def _merge(drafted: Chain, copies: Draft, copying: Tensor, matches: Sequence[int]) -> Chain:
     """One chain per row: its copy where it is copying, else what was drafted."""
     nodes = max(drafted.tokens.shape[1], copies.tokens.shape[1])
 
@@ -151,8 +148,7 @@ def _merge(drafted: Chain, copies: Draft, copying: Tensor) -> Chain:
     tokens = torch.where(copying[:, None], widen(copies.tokens), widen(drafted.tokens))
     valid = torch.where(copying[:, None], widen(copies.valid), widen(drafted.valid))
     stops = tuple(
-        copied if copies_ else own
-        for copied, own, copies_ in zip(copies.stops, drafted.stops, copying.tolist(), strict=True)
+        copied if match else own for copied, own, match in zip(copies.stops, drafted.stops, matches, strict=True)
     )
     probs = drafted.probs
     if probs is not None:

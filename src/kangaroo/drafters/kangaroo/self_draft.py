@@ -1,6 +1,6 @@
 """The self-draft model (the target's first layers, the adapter, the target's head), and chains drafted by it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, Placement, pick, place_at, place_chain
+from kangaroo.tree import Draft, Placement, place_at
 
 
 class SelfDraft:
@@ -51,13 +51,15 @@ class SelfDraft:
         if self._unseen is not None:
             states, positions = self._unseen
             x = torch.cat([states, x], 1)
-            where = place_at(torch.cat([positions, where.positions], 1), where.mask.shape[-1])
+            # Rows that grew unequally hold repeated columns: only a row alone is known to be contiguous.
+            start = None if where.start is None or len(x) > 1 else where.start - states.shape[1]
+            where = place_at(torch.cat([positions, where.positions], 1), where.mask.shape[-1], start=start)
             self._unseen = None
         y = self.adapter(x, where, state.cache)
         return self.adapter.logits(y[:, -nodes:])
 
-    def observe(self, state: State, committed: Committed, ran: Tensor) -> None:
-        """Prompt tokens pass through the adapter now; of a round's, those that are not marked in `ran` [B, N] wait."""
+    def observe(self, state: State, committed: Committed, ran: int) -> None:
+        """Prompt tokens pass through the adapter now; of a round's, those past the draft's first `ran` levels wait."""
         if self.adapter is None:
             return
         x = committed.features[self.exit_layer]
@@ -65,12 +67,13 @@ class SelfDraft:
             self._forget(committed.where.rows, state)
             self.adapter(x, committed.where, state.cache)
             return
-        columns = torch.arange(committed.path.shape[1], device=x.device)
-        done = pick(ran, committed.path) | (columns >= committed.count[:, None])
-        first, last = int(done.long().cumprod(1).sum(1).min()), int(committed.count.max())
-        # Columns some rows have seen already are run again in them, to the same effect.
-        if first < last:
-            self._unseen = x[:, first:last], committed.where.positions[:, first:last]
+        last = max(map(len, committed.text))
+        # Columns past a shorter row's last repeat it: run again there, to the same effect.
+        if ran < last:
+            new = x[:, ran:last], committed.where.positions[:, ran:last]
+            # A round that drafted nothing has left what waited before it waiting still.
+            old = self._unseen
+            self._unseen = new if old is None else (torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1))
 
     def _forget(self, rows: Tensor | None, state: State) -> None:
         """What waits for the adapter belongs to requests that have left these rows (None: all)."""
@@ -111,18 +114,17 @@ class SelfChain:
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen."""
-        nodes = torch.arange(self.nodes, device=committed.tokens.device)
-        self.model.observe(state, committed, (nodes < self._steps).expand(len(committed.tokens), -1))
+        self.model.observe(state, committed, self._steps)
 
     def grow(
         self,
         state: State,
-        limits: Tensor,
+        limits: Sequence[int],
         stopping: Stopping,
         replaced: Callable[[Tensor, int], Tensor] = lambda tokens, k: tokens,
     ) -> Chain:
         """Draft. `replaced` says which tokens [B, 1] stand at the k-th node in place of those drafted there."""
-        where = self.model.target.prepare(place_chain(state.lengths, self.nodes, state.longest + self.nodes))
+        where = self.model.target.prepare(state.place(self.nodes))
         self._where, self._hidden = where, []
 
         def step(tokens: Tensor, k: int) -> Tensor:
@@ -137,6 +139,7 @@ class SelfChain:
     def finish(self, state: State, drafted: Chain) -> Draft:
         """The draft, every node of it through the shallow layers: the first part of verifying those not yet run."""
         assert self._where is not None, "a chain is grown first"
-        rest = self._where[self._steps : drafted.steps + 1]
-        last = self.model.states(drafted.tokens[:, self._steps :], rest, state)
-        return drafted.draft(hidden=torch.cat([*self._hidden, last], 1), layers_done=self.model.exit_layer)
+        where = self._where[: drafted.steps + 1]
+        last = self.model.states(drafted.tokens[:, self._steps :], where[self._steps :], state)
+        hidden = torch.cat([*self._hidden, last], 1)
+        return drafted.draft(hidden=hidden, layers_done=self.model.exit_layer, where=where)

@@ -12,9 +12,9 @@ best draft is not expected to make up for that. Everything is counted row by row
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from kangaroo.drafters.chain import top_probability
@@ -49,12 +49,12 @@ class CostAware:
         self._calibration, self._costs, self._longest = calibration, costs, longest
         self._rows: list[_Row] = []
 
-    def begin(self, state: State) -> Tensor:
+    def begin(self, state: State) -> Sequence[bool]:
         """If the row's first tokens have been right often enough."""
         rows = self._known(state)
         for row in rows:
             row.chances = []
-        return torch.tensor([self._gain(row) > 0 for row in rows], device=state.lengths.device)
+        return [self._gain(row) > 0 for row in rows]
 
     def _gain(self, row: "_Row") -> float:
         """What the best draft is expected to bring more than its time would bring otherwise, in tokens."""
@@ -66,7 +66,7 @@ class CostAware:
             gain, chance = gain + chance - price, chance * prior * row.scale
         return gain
 
-    def go_on(self, logits: Tensor) -> Tensor:
+    def go_on(self, logits: Tensor) -> Sequence[bool]:
         """If the whole draft and one more are still likely enough."""
         confidences = top_probability(logits)[:, 0].tolist()
         pays = []
@@ -74,9 +74,9 @@ class CostAware:
             row.chances.append(self._calibration.chance(confidence))
             scaled = [chance * row.scale for chance in (*row.chances, self._calibration.after_right)]
             pays.append(math.prod(scaled) > self._costs.token * row.rate)
-        return torch.tensor(pays, device=logits.device)
+        return pays
 
-    def observe(self, state: State, committed: Committed, drafted: Tensor) -> None:
+    def observe(self, state: State, committed: Committed) -> None:
         """Count what the rows' rounds brought and cost; a prompt begins anew."""
         rows = self._known(state)
         if committed.path is None:
@@ -84,10 +84,9 @@ class CostAware:
             for number in range(state.batch) if chosen is None else chosen.tolist():
                 rows[number] = _Row()
             return
-        counts = zip(rows, committed.count.tolist(), drafted.tolist(), strict=True)
-        for row, emitted, proposed in counts:
+        for row, emitted, drafted in zip(rows, committed.text, committed.drafted, strict=True):
             if emitted:
-                row.learn(emitted, proposed, self._costs.round(proposed))
+                row.learn(len(emitted), drafted, self._costs.round(drafted))
 
     def _known(self, state: State) -> "list[_Row]":
         if not self._rows:

@@ -18,7 +18,7 @@ from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
-from kangaroo.tree import Draft, Placement, Stop, place
+from kangaroo.tree import Draft, Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,45 +63,41 @@ class KangarooTree:
         self.model, self._config = SelfDraft(target, adapter, exit_layer), config
         self.taps, self.cache_layers = self.model.taps, self.model.cache_layers
         self.nodes = 1 + config.top_k * config.max_draft
-        self._ran = torch.zeros(1, 1, dtype=torch.bool)
+        self._steps = 0
 
     def observe(self, state: State, committed: Committed) -> None:
         """Feed the adapter what it has not seen."""
-        self.model.observe(state, committed, self._ran)
+        self.model.observe(state, committed, self._steps)
 
     def draft(self, state: State) -> Draft:
         """Grow level by level while some branch is open and some row has room."""
-        levels = max(0, min(self._config.max_draft, int((state.room * state.active).max()) - 1))
+        most = max(row.room * row.active for row in state.rows) - 1
+        levels = max(0, min(self._config.max_draft, most))
         root = state.pending
         sure = torch.ones_like(root, dtype=torch.float32) * state.active[:, None]
         tree = _Growing([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)], sure, [])
-        steps = 0
+        self._steps = 0
         for level in range(levels + 1):
-            where = self._place_newest(tree, state)
+            tokens, parents, valid = tree.joined()
+            everything = state.place(tokens.shape[1], parents)
+            where = everything[tokens.shape[1] - tree.tokens[-1].shape[1] :]
             x = self.model.states(tree.tokens[-1], where, state)
             tree.hidden.append(x)
             open_ = tree.valid[-1] & (tree.scores >= self._config.threshold) & (state.room > level + 1)[:, None]
             if level == levels or not (open_ & state.active[:, None]).any():
                 break
             self._grow(tree, self.model.logits(x, where, state), open_, state)
-            steps = level + 1
-        tokens, parents, valid = tree.joined()
-        self._ran = torch.arange(tokens.shape[1], device=tokens.device) < tokens.shape[1] - tree.tokens[-1].shape[1]
-        self._ran = self._ran.expand(state.batch, -1)
+            self._steps = level + 1
         return Draft(
             tokens=tokens,
             parents=parents,
             valid=valid,
-            depth=steps,
-            stops=self._reasons(state, steps),
+            depth=self._steps,
+            stops=self._reasons(state, self._steps),
             hidden=torch.cat(tree.hidden, 1),
             layers_done=self.model.exit_layer,
+            where=everything,
         )
-
-    def _place_newest(self, tree: _Growing, state: State) -> Placement:
-        tokens, parents, _ = tree.joined()
-        nodes = tokens.shape[1]
-        return place(state.lengths, parents, state.longest + nodes)[nodes - tree.tokens[-1].shape[1] : nodes]
 
     def _grow(self, tree: _Growing, logits: Tensor, open_: Tensor, state: State) -> None:
         """Add the next level: the best K children of the open nodes."""
@@ -115,7 +111,8 @@ class KangarooTree:
         scores = state.sampler.scores(logits, prefix)
         if state.rule == "match":
             depth = len(tree.tokens)
-            scores = state.sampler.perturb(scores, (state.lengths + depth)[:, None].expand(batch, width))
+            positions = (state.lengths + depth)[:, None].expand(batch, width)
+            scores = state.sampler.perturb(scores, positions, known=[*state.ahead(depth)] * width)
         chances, candidates = scores.softmax(-1).topk(min(self._config.top_k, scores.shape[-1]), -1)
         joint = (chances * (tree.scores * open_)[..., None]).flatten(1)
         best, index = joint.topk(min(self._config.top_k, joint.shape[1]), -1)
@@ -126,8 +123,9 @@ class KangarooTree:
 
     def _reasons(self, state: State, steps: int) -> tuple[Stop, ...]:
         full = Stop.LENGTH if steps == self._config.max_draft else Stop.CONFIDENCE
-        rows = zip(state.active.tolist(), (state.room - 1).tolist(), strict=True)
-        return tuple(Stop.INACTIVE if not active else Stop.ROOM if room <= steps else full for active, room in rows)
+        return tuple(
+            Stop.INACTIVE if not row.active else Stop.ROOM if row.room - 1 <= steps else full for row in state.rows
+        )
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooTree]:

@@ -95,7 +95,7 @@ class Medusa:
     def draft(self, state: State) -> Draft:
         """One token per head, as far as there is room."""
         x = self._last.normed()
-        limits = self._limit * self._last.known
+        limits = (self._limit * self._last.known).tolist()
         drafted = draft_chain(state, limits, Threshold(0.0), lambda _, k: self.heads.logits(k, x))
         return replace(drafted, stops=_reasons(state, self._last.known, self._limit)).draft()
 
@@ -147,7 +147,8 @@ class MedusaTree:
         for head in range(depth):
             scores = state.sampler.scores(self.heads.logits(head, x), prefix)
             if state.rule == "match":
-                scores = state.sampler.perturb(scores, (state.lengths + 1 + head)[:, None])
+                positions, known = (state.lengths + 1 + head)[:, None], state.ahead(1 + head)
+                scores = state.sampler.perturb(scores, positions, known=known)
             levels.append(scores.softmax(-1).topk(min(self._config.top_k, scores.shape[-1]), -1))
         return torch.cat([level.values for level in levels], 1), torch.cat([level.indices for level in levels], 1)
 
