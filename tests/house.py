@@ -13,7 +13,7 @@ ROOT = Path(kangaroo.__file__).parent
 ORDER = """
     errors files toml cgroup machine documents
     tree cache sampling state
-    fingerprint model weights demo demo.smollm2 loading
+    fingerprint norms model weights demo demo.smollm2 loading
     drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree

@@ -14,10 +14,11 @@ from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.errors import ModelError
 from kangaroo.model import FAMILIES, Target
+from kangaroo.norms import FusedNorm, with_fused_norms
 from kangaroo.tree import place, place_chain, sequence
 from oracle import EVERYTHING, GREEDY, oracle
 from runs import PROMPTS, generate, requests
-from tiny import EXIT, SPECIAL, VOCAB, WINDOW, build, make_adapter, target
+from tiny import EXIT, SPECIAL, VOCAB, WIDTH, WINDOW, build, make_adapter, target
 
 ALL = sorted(FAMILIES)
 WINDOWED = sorted(name for name, special in SPECIAL.items() if special.get("sliding_window") == WINDOW)
@@ -272,3 +273,37 @@ def test_a_family_whose_layers_rely_on_what_the_model_prepares_is_refused() -> N
     model.model.layers[1].register_forward_pre_hook(lambda *_: prepared["ready"] and None)
     with pytest.raises(ModelError, match="llama-minus models are not supported: their layers need more"):
         Target(model)
+
+
+# --- norms
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_fused_norms_change_no_bit_and_leave_the_model_alone(kind: torch.dtype) -> None:
+    layer = build("llama").to(kind).base_model.layers[0]
+    own = dict(layer.named_children())
+    view = with_fused_norms(layer)
+    assert {name for name, child in view.named_children() if isinstance(child, FusedNorm)} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+    }
+    assert dict(layer.named_children()) == own
+    x = (torch.randn(7, 5, WIDTH) * 3).to(kind)
+    assert torch.equal(view.input_layernorm(x), layer.input_layernorm(x))
+    layer.input_layernorm.weight.mul_(2)
+    assert torch.equal(view.input_layernorm(x), layer.input_layernorm(x))
+
+
+def test_norms_that_would_differ_in_a_bit_are_left_as_they_are() -> None:
+    for family in ("gemma", "phi"):  # one adds 1 to its weights, the other subtracts the mean
+        layer = build(family).base_model.layers[0]
+        assert with_fused_norms(layer) is layer
+    layer = build("llama").float().base_model.layers[0]
+    own: Any = type(layer.input_layernorm)
+
+    class Another(own):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 + 2**-23)
+
+    layer.input_layernorm, layer.post_attention_layernorm = Another(WIDTH), Another(WIDTH)
+    assert with_fused_norms(layer) is layer

@@ -102,7 +102,7 @@ def decode(target: Target, drafter: Drafter, state: State) -> Iterator[Round]:
 def step(target: Target, drafter: Drafter, state: State) -> Round:
     """One round: draft, run the target's remaining layers over the draft, keep what the target agrees with."""
     draft = drafter.draft(state)
-    where = draft.where or place_draft(draft, state)
+    where = place_draft(draft, state)
     x = target.embed(draft.tokens) if draft.hidden is None else draft.hidden
     x, features = target.run(x, where, state.cache, start=draft.layers_done, taps=drafter.taps)
     verdict = RULES[state.rule](draft, target.logits(target.norm(x)), where, state)
@@ -113,8 +113,8 @@ def step(target: Target, drafter: Drafter, state: State) -> Round:
 
 
 def place_draft(draft: Draft, state: State) -> Placement:
-    """Where the nodes of a draft go."""
-    return state.place(draft.tokens.shape[1], None if draft.is_chain else draft.parents)
+    """Where the nodes of a draft go: where its drafter has put them, if it has run layers over them."""
+    return draft.where or state.place(draft.tokens.shape[1], None if draft.is_chain else draft.parents)
 
 
 def _summary(draft: Draft, committed: Committed, state: State) -> Round:

@@ -18,6 +18,7 @@ from kangaroo.cache import KVCache, LayerShape, Views
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.fingerprint import fingerprint
 from kangaroo.machine import available_bytes, human_bytes
+from kangaroo.norms import with_fused_norms
 from kangaroo.tree import Placement, place_chain, sequence
 
 # Families whose layers are driven exactly by one loop (embedding, layers, final norm, head). Others must prove it.
@@ -87,6 +88,7 @@ class Target:
         self._refuse_what_cannot_work()
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
+        self._run_as = [with_fused_norms(layer) for layer in self.layers]
         self._norm = base.norm if hasattr(base, "norm") else base.final_layernorm
         self._embedding, self._head = model.get_input_embeddings(), model.lm_head
         self._rotary = base.rotary_emb
@@ -124,7 +126,7 @@ class Target:
         past = None if cache is None else _Window(cache, where, range(start, stop))
         inputs = {kind: self._layer_inputs(kind, where, x) for kind in set(self._kinds[start:stop])}
         for index in range(start, stop):
-            x = self.layers[index](x, past_key_values=past, use_cache=past is not None, **inputs[self._kinds[index]])
+            x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[self._kinds[index]])
             if index + 1 in taps:
                 features[index + 1] = x.to(self.device)
         return x.to(self.device), features

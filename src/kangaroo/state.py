@@ -23,11 +23,13 @@ class Request:
 
 @dataclass(slots=True)
 class Row:
-    """What the host knows of a row, as of the latest round: read once a round, so that nothing else has to ask."""
+    """What the host knows of a row: read once a round, so that nothing else has to wait for the device."""
 
-    prompt: Sequence[int]
+    prompt: list[int]
     length: int
+    """Committed tokens."""
     room: int
+    """Tokens it may still emit."""
     active: bool
     pending: int
 
@@ -92,19 +94,19 @@ class State:
         self.sampler.replace(row, request.sampling)
 
     def _seat(self, row: int, request: Request) -> Row:
-        prompt = torch.tensor(list(request.prompt), dtype=torch.int64, device=self.tokens.device)
+        prompt = [int(token) for token in request.prompt]
         assert len(prompt) >= 1, "an empty prompt has no pending token"
         if len(prompt) + request.max_tokens > self.capacity:
             raise CapacityError(
                 f"a request of {len(prompt)} + {request.max_tokens} tokens does not fit a row of {self.capacity}; "
                 "start with a larger capacity"
             )
-        self.tokens[row, : len(prompt)] = prompt
+        self.tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64, device=self.tokens.device)
         self.lengths[row] = 0
         self.prompt_lengths[row] = len(prompt)
         self.room[row] = request.max_tokens
         self.active[row] = True
-        return Row(request.prompt, 0, request.max_tokens, True, request.prompt[-1])
+        return Row(prompt, 0, request.max_tokens, True, prompt[-1])
 
     @torch.inference_mode()
     def finish(self, row: int) -> None:
@@ -161,7 +163,7 @@ class State:
         for row in self.rows if where.rows is None else (self.rows[i] for i in where.rows.tolist()):
             ran = min(start + width, len(row.prompt) - 1)
             row.length = max(row.length, ran)
-            text.append(list(row.prompt[start:ran]))
+            text.append(row.prompt[start:ran])
         tokens = self.tokens[rows, start : start + width]
         return Committed(tokens, where, count, features, None, text, [0] * len(text))
 
