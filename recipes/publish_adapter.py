@@ -58,7 +58,7 @@ def main() -> None:
     share = SelfDraft(target, adapter, adapter.config.exit_layer).weight_share
     speed, rate, threshold, longest = max(
         (
-            *simulate(held_out.judged, held_out.answers, share, threshold, longest, options.max_tokens),
+            *simulate(held_out.judged, answers, share, threshold, longest, options.max_tokens),
             threshold,
             longest,
         )
