@@ -20,7 +20,10 @@ class ForTarget(Predictor):
 
     def __init__(self, target: Target, held_out: HeldOut, recipe: FrozenTargetRecipe):
         self.target, self.held_out, self.recipe, self.device = target, held_out, recipe, target.device
-        self.kept = None if recipe.states is None else StateCache(recipe.states, target, recipe.run.mixed_precision)
+        self.kept = None
+        if recipe.states is not None:
+            limit = recipe.states_gigabytes * 1e9
+            self.kept = StateCache(recipe.states, target, recipe.run.mixed_precision, limit)
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
         self.evaluation_tokens = held_out.tokens
 

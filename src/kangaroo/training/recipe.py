@@ -230,6 +230,8 @@ class FrozenTargetRecipe(Recipe):
     states: Path | None = None
     """A folder to keep the target's last states in, where a row of text that comes again, in a later epoch or another
     run, finds them: the deep layers are not run for it. Width x bytes of the dtype for every token learnt from."""
+    states_gigabytes: Annotated[float, Field(gt=0)] = 20.0
+    """How much that folder may hold; the deep layers are run for what no longer fits, each time."""
     evaluation: EvaluationSection = EvaluationSection()
     regenerate: RegenerateSection | None = None
     synthesis: SynthesisSection | None = None

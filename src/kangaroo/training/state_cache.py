@@ -5,6 +5,7 @@ by all that its states depend on, so any number of runs may use one folder, and 
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,12 @@ class Final:
 
 
 class StateCache:
-    """The target's states before its final norm, by rows."""
+    """What the target makes of rows of text, kept until the folder is full; what came later is computed each time."""
 
-    def __init__(self, folder: Path, target: Target, mixed_precision: str):
+    def __init__(self, folder: Path, target: Target, mixed_precision: str, limit: float = math.inf):
+        """`limit` is how many bytes the folder may hold, other runs' files among them."""
         self.folder, self.target = folder, target
+        self._room = limit - sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         self.computed_by = (
             LAYOUT + f"{target.fingerprint} {target.dtype} {target.device.type} {mixed_precision}".encode()
         )
@@ -107,6 +110,10 @@ class StateCache:
         assert final.normaliser is not None
         assert final.best is not None
         tensors = {"states": final.states, "normaliser": final.normaliser, "best": final.best}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > self._room:
+            return
+        self._room -= size
         try:
             write_atomically(path, lambda part: save_file(tensors, part))
         except (OSError, SafetensorError) as error:
