@@ -12,7 +12,7 @@ ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
     errors files toml machine documents
-    tree cache sampling state
+    tree cache sampling constraints logprobs state
     fingerprint model weights loading
     drafters.base drafters.settings drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping

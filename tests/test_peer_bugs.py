@@ -127,9 +127,9 @@ def cut_a_draft_early(verdict: Verdict, draft: Draft, state: State) -> Verdict:
 
 
 def blind_to_ends_inside(verdict: Verdict, draft: Draft, state: State) -> Verdict:
-    eos, state.eos = state.eos, state.eos[:0]
+    ends, state.ends = state.ends, state.ends[:, :0]
     cut = HONEST_CLIP(verdict, draft, state)
-    state.eos = eos
+    state.ends = ends
     return cut
 
 
