@@ -37,8 +37,9 @@ class BatchStream:
         began = time.perf_counter()
         state = start(target, drafter, requests, eos=eos)
         synchronise(target.device)
+        share = (time.perf_counter() - began) / len(requests)
         for transcript in self._transcripts:
-            transcript.stats.prefill_seconds = (time.perf_counter() - began) / len(requests)
+            transcript.stats.prefill_seconds = share
         self._pieces: Iterator[Piece] = _run(target, drafter, state, self._transcripts)
 
     @property

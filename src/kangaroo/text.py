@@ -1,8 +1,7 @@
 """Between strings and tokens: chat templates, incremental detokenisation, stop strings."""
 
 from collections.abc import Mapping, Sequence
-from operator import index
-from typing import Any, SupportsIndex
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -13,22 +12,18 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
 """Text, chat messages, or token ids: a list, or a tensor of one dimension."""
 
 
-def _is_ids(prompt: Sequence[Any]) -> bool:
-    return bool(prompt) and all(isinstance(token, SupportsIndex) for token in prompt)
+def _token_ids(prompt: Any) -> list[int] | None:
+    """The ids in a list, a tensor or an array of them; None for anything else."""
+    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence) or not given:
+        return None
+    plain = [token.item() if getattr(token, "ndim", None) == 0 else token for token in given]
+    return plain if all(type(token) is int for token in plain) else None
 
 
-def _ids(prompt: Any) -> list[int]:
-    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # tensors and arrays
-    if not isinstance(given, Sequence) or not all(type(token) is int for token in map(_plain, given)):
-        shape = f" of shape {tuple(prompt.shape)}" if hasattr(prompt, "shape") else ""
-        raise DataError(
-            f"token ids are whole numbers in one dimension, got {type(prompt).__name__}{shape} {str(prompt)[:40]!r}"
-        )
-    return [_plain(token) for token in given]
-
-
-def _plain(token: Any) -> Any:
-    return token if isinstance(token, bool) or not isinstance(token, SupportsIndex) else index(token)
+def _is_conversation(prompt: Any) -> bool:
+    messages = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
+    return messages and bool(prompt) and all({"role", "content"} <= set(message) for message in prompt)
 
 
 class Tokenizer:
@@ -56,16 +51,17 @@ class Tokenizer:
         """
         if isinstance(prompt, str):
             return list(self.wrapped(prompt, verbose=False)["input_ids"])
-        if not isinstance(prompt, Sequence) or _is_ids(prompt):
-            return _ids(prompt)
-        if not prompt or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt):
+        ids = _token_ids(prompt)
+        if ids is not None:
+            return ids
+        if not _is_conversation(prompt):
             raise DataError(
                 f'a prompt is text, a list of token ids, or a conversation: a list of {{"role", "content"}} messages; '
-                f"got {str(prompt)[:60]!r}"
+                f"got {type(prompt).__name__} {str(prompt)[:60]!r}"
             )
         if not self.has_chat_template:
             raise DataError("this model's tokenizer has no chat template: give the prompt as plain text")
-        rendered = self.wrapped.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        rendered = self.wrapped.apply_chat_template([*prompt], add_generation_prompt=True, tokenize=False)
         return list(self.wrapped(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
