@@ -23,6 +23,7 @@ _COVERED = {
     "TopPLogitsWarper",
     "MinPLogitsWarper",
     "RepetitionPenaltyLogitsProcessor",
+    "MinLengthLogitsProcessor",
     "MinNewTokensLengthLogitsProcessor",
     "MaxLengthCriteria",
     "EosTokenCriteria",
@@ -112,9 +113,11 @@ def _ended(streamer: Streamer | None) -> Iterator[None]:
 
 def _requests(input_ids: Tensor, mask: Tensor | None, config: Any, seed: int | None) -> list[Request]:
     kept = torch.ones_like(input_ids) if mask is None else mask
-    room = config.max_length - input_ids.shape[1]
+    width = input_ids.shape[1]  # transformers' lengths count padding
+    room = config.max_length - width
+    least = min(max(0, (config.min_length or 0) - width, config.min_new_tokens or 0), room)
     return [
-        Request(row[keep.bool()].tolist(), sampling, room, min_tokens=min(config.min_new_tokens or 0, room))
+        Request(row[keep.bool()].tolist(), sampling, room, min_tokens=least)
         for row, keep, sampling in zip(input_ids, kept, _samplings(config, len(input_ids), seed), strict=True)
     ]
 
