@@ -75,9 +75,23 @@ def test_a_prompt_asked_twice_in_a_call_is_answered_in_two_ways(decoder: Decoder
         assert same[place].tokens == alone.tokens
 
 
+def test_the_same_prompt_under_two_processors_is_not_the_same(decoder: Decoder) -> None:
+    def first(prompt: Sequence[int], output: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+    def second(prompt: Sequence[int], output: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+        return scores * 1.0
+
+    alone = decoder.generate(["The"], sampling=HOT, max_tokens=9)[0]
+    for processors, same in (([first, second], True), ([first, first], False)):
+        a, b = decoder.generate(["The", "The"], sampling=HOT, max_tokens=9, processor=processors)
+        assert a.tokens == alone.tokens
+        assert (b.tokens == alone.tokens) == same
+
+
 def test_indices_move_only_where_prompt_and_sampling_are_the_same() -> None:
     def indices(pairs: Sequence[tuple[int, Sampling]], n: int = 1) -> list[list[int]]:
-        found = spread([[prompt] for prompt, _ in pairs], [sampling for _, sampling in pairs], n)
+        found = spread([prompt for prompt, _ in pairs], [sampling for _, sampling in pairs], n)
         return [[sampling.index for sampling in group] for group in found]
 
     zero, one = Sampling(temperature=1.0), Sampling(temperature=1.0, index=1)
@@ -264,6 +278,7 @@ def test_seconds_of_a_batch_are_shared_out_whole(decoder: Decoder) -> None:
         (lambda d: d.generate(["x"], max_tokens=1.5), ConfigError, "max_tokens"),
         (lambda d: d.generate(["x"], max_tokens=4, min_tokens=5), ConfigError, "min_tokens"),
         (lambda d: d.generate(["x"], sampling=0.7), ConfigError, "sampling"),
+        (lambda d: d.generate(["x"], sampling=[]), ConfigError, "0 entries for 1 prompts"),
         (lambda d: d.generate(["x"], sampling=[HOT, HOT]), ConfigError, "2 entries for 1 prompts"),
         (lambda d: d.generate(["x"], stop=[1]), ConfigError, "stop"),
         (lambda d: d.generate(["x"], stop=""), ConfigError, "stop"),

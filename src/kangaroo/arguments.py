@@ -1,6 +1,6 @@
 """From the arguments of a call to its rows: prompts to tokens, one Sampling or many, indices for samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +48,12 @@ class Arguments:
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> list[Request]:
         """The rows of these prompts: prompt by prompt, the answers to each beside one another."""
-        samplings = _for_each(self.sampling or Sampling(), _is_sampling, "sampling", len(prompts))
+        sampling = Sampling() if self.sampling is None else self.sampling
+        samplings = _for_each(sampling, _is_sampling, "sampling", len(prompts))
         processors = _for_each(self.processor, _is_processor, "processor", len(prompts))
+        # Processors may not be hashable, and two are the same only if they are one.
+        texts = [(tuple(prompt), id(processor)) for prompt, processor in zip(prompts, processors, strict=True)]
+        groups = spread(texts, samplings, self.n)
         logprobs = Logprobs(self.logprobs) if isinstance(self.logprobs, int) else self.logprobs
         return [
             Request(
@@ -62,7 +66,7 @@ class Arguments:
                 processor=processor,
                 logprobs=logprobs,
             )
-            for prompt, group, processor in zip(prompts, spread(prompts, samplings, self.n), processors, strict=True)
+            for prompt, processor, group in zip(prompts, processors, groups, strict=True)
             for sampling in group
         ]
 
@@ -107,22 +111,22 @@ def _for_each(given: Any, fits: Callable[[object], bool], name: str, prompts: in
     return list(given)
 
 
-def spread(prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], n: int) -> list[list[Sampling]]:
-    """n Samplings for each prompt: the one given and its successors by index.
+def spread(asked: Sequence[Hashable], samplings: Sequence[Sampling], n: int) -> list[list[Sampling]]:
+    """n Samplings for each of what is asked: the one given and its successors by index.
 
-    A text is a function of prompt and Sampling, so a pair that is asked for again in one call takes the next indices
-    that the call has not used for it; pairs that differ get what they would get alone.
+    A text is a function of what is asked and its Sampling, so a pair that occurs again in one call takes the next
+    indices that the call has not used for it; pairs that differ get what they would get alone.
     """
-    found, used, seen = list[list[Sampling]](), dict[object, set[int]](), set[object]()
-    pairs = [((tuple(p), replace(s, index=0)), s) for p, s in zip(prompts, samplings, strict=True)]
+    found, used, nexts = list[list[Sampling]](), dict[Hashable, set[int]](), dict[Hashable, int]()
+    pairs = [((what, replace(sampling, index=0)), sampling) for what, sampling in zip(asked, samplings, strict=True)]
     for key, sampling in pairs:
         used.setdefault(key, set()).update(range(sampling.index, sampling.index + n))
     for key, sampling in pairs:
-        first = sampling.index
-        if (key, first) in seen:
-            while used[key] & set(range(first, first + n)):
+        first = nexts.get((key, sampling.index), sampling.index)
+        if (key, sampling.index) in nexts:
+            while not used[key].isdisjoint(range(first, first + n)):
                 first += 1
             used[key].update(range(first, first + n))
-        seen.add((key, sampling.index))
+        nexts[key, sampling.index] = first + n
         found.append([replace(sampling, index=index) for index in range(first, first + n)])
     return found
