@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.calibration import calibrate
-from kangaroo.drafters.self_draft import SelfDraft
-from kangaroo.training.author import Author
-from kangaroo.training.data import Given, choose_documents
-from kangaroo.training.frozen import load_target
-from kangaroo.training.imitation import Imitation
-from kangaroo.training.reading import read_recipe
-from kangaroo.training.simulate import chain_rounds
 
+from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
+from kangaroo.drafters.kangaroo.calibration import calibrate
+from kangaroo.drafters.kangaroo.self_draft import SelfDraft
+from kangaroo.training.adapter import AdapterObjective
+from kangaroo.training.corpus import Given, choose_documents
+from kangaroo.training.evaluation import chain_rounds
 from kangaroo.training.floors import measure_floors
-from kangaroo.training.recipe import AdapterRecipe
+from kangaroo.training.recipe import AdapterRecipe, read_recipe
+from kangaroo.training.run import load_target
+from kangaroo.training.target_text import TargetText
 
 NODE = 0.02
 THRESHOLDS, LENGTHS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7), range(2, 9)
@@ -49,9 +48,9 @@ def main() -> None:
     assert isinstance(recipe, AdapterRecipe)
     target, tokenizer = load_target(recipe)
     _, documents = choose_documents(Given([options.data]).files(), recipe.data, recipe.seed)
-    held_out = Author(target, tokenizer, recipe, lambda _: None).held_out(documents)
+    held_out = TargetText(target, tokenizer, recipe, lambda _: None).held_out(documents)
     adapter = Adapter.load(options.adapter, target)
-    objective = Imitation(target, adapter, held_out, recipe)
+    objective = AdapterObjective(target, adapter, held_out, recipe)
     figures = dict(objective.evaluate())
     # What was judged lies row by row, as the answers were packed.
     answers = [held_out.answers[i] for row in held_out.written.rows(held_out.written_length) for i in row]

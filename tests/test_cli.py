@@ -48,6 +48,18 @@ def test_a_file_of_prompts_is_answered_as_a_batch(
     assert alone["tokens"] == found["answers"][0]["tokens"]
 
 
+def test_several_answers_of_a_least_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("generate", "--model", str(folder / "target"), "--drafter", "none", "--prompt", "eat", "--json")
+    options = (*options, "--samples", "3", "--temperature", "1.5", "--max-tokens", "9", "--min-tokens", "9")
+    assert invoke(*options) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert len({tuple(answer["tokens"]) for answer in answers}) == 3
+    assert {(len(a["tokens"]), a["finish_reason"], a["stopped_by"]) for a in answers} == {(9, "length", None)}
+    assert invoke(*options, "--ignore-eos") == 0
+    assert invoke(*options, "--min-tokens", "10") == 2
+    assert "min_tokens" in capsys.readouterr().err
+
+
 def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means_anything(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,7 +99,7 @@ def beside_transformers(decoder: Decoder, prompts: list[Any]) -> dict[str, Any]:
         text = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         theirs = time.perf_counter() - began
         completion = plain.generate([prompt], max_tokens=TOKENS, sampling=sampling)[0]
-        ours = plain.stats.prefill_seconds + plain.stats.decode_seconds
+        ours = completion.stats.prefill_seconds + completion.stats.decode_seconds
         return theirs, ours, text[0, ids.shape[1] :].tolist() == completion.tokens
 
     ask(prompts[0])

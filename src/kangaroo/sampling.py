@@ -6,7 +6,7 @@ the same code with the noise left out, and comparing texts is a complete test of
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -16,6 +16,28 @@ from torch.nn import functional
 
 from kangaroo.errors import ConfigError
 from kangaroo.tree import ancestors
+
+
+class FrozenBias(Mapping[int, float]):
+    """A mapping that cannot change, so that what holds it can be hashed."""
+
+    def __init__(self, bias: Mapping[int, float]):
+        self._bias = dict(bias)
+
+    def __getitem__(self, token: int) -> float:
+        return self._bias[token]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._bias)
+
+    def __len__(self) -> int:
+        return len(self._bias)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._bias.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +84,7 @@ class Sampling:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
         if any(token < 0 or not bias < math.inf for token, bias in self.logit_bias.items()):
             raise ConfigError("logit_bias must map token ids >= 0 to numbers, or to -inf to forbid a token")
+        object.__setattr__(self, "logit_bias", FrozenBias(self.logit_bias))
 
 
 Columns = Sequence[tuple[int, ...]]
@@ -93,6 +116,8 @@ class Prefix:
     """[B, N] drafted tokens, the pending one first."""
     parents: Tensor
     """[B, N]."""
+    active: Tensor | None = None
+    """[B] bool: rows whose scores anybody reads; None for all."""
 
 
 class Sampler:
@@ -103,6 +128,8 @@ class Sampler:
         self.plain: bool
         """Whether every row takes the best token, whatever came before."""
         self._rows = list(rows)
+        self.constrain: Callable[[Tensor, Prefix], Tensor] | None = None
+        """What else changes scores, between penalties and temperature (`constraints.py`)."""
         for sampling in rows:
             self._check(sampling)
         self._pack()
@@ -161,6 +188,8 @@ class Sampler:
             scores = scores + self._bias.to(kind)
         if self.penalised:
             scores = self._penalise(scores, prefix)
+        if self.constrain is not None:
+            scores = self.constrain(scores, prefix)
         if self.greedy:
             return scores
         scores = scores / self._temperature.to(kind)

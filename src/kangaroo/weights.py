@@ -58,8 +58,11 @@ class TrainedWeights(nn.Module):
         write_json(folder / CONFIG, table)
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> Self:
+    def load(cls, folder: Path, target: Target, *, allow_other_target: bool = False) -> Self:
         """Read weights that were trained for this target, in the target's precision.
+
+        With `allow_other_target` those of a relative do as well, a fine-tune's base or a requantised copy: shapes must
+        fit. Drafts are then worse, the text is still the target's own.
 
         Raises AdapterError if files are missing, damaged, of another kind or hold NaN, or belong to another target.
         """
@@ -72,20 +75,32 @@ class TrainedWeights(nn.Module):
         for name, wanted in (("width", target.width), ("vocab_size", target.vocab_size)):
             if table[name] != wanted:
                 raise AdapterError(f"the weights in {folder} have {name} {table[name]}, but the target has {wanted}")
-        if not same_model(table["target_fingerprint"], target.fingerprint, weights_hidden=target.hides_weights):
+        wanted, got = table["target_fingerprint"], target.fingerprint
+        if not allow_other_target and not same_model(wanted, got, weights_hidden=target.hides_weights):
             raise AdapterError(
-                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint "
-                f"{table['target_fingerprint']}, this target has {target.fingerprint}); train for this target with "
-                "`kangaroo train`"
+                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint {wanted}, this target has "
+                f"{got}); train for this target with `kangaroo train`, or, if it is a relative of the other, say "
+                "allow_other_target=True"
             )
         module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
         tensors = _read_weights(folder / cls.file, table["weights_sha256"])
-        missing = module.load_state_dict(tensors, strict=False)
-        if missing.missing_keys or missing.unexpected_keys:
-            names = [*missing.missing_keys, *missing.unexpected_keys]
-            raise AdapterError(f"{folder / cls.file} does not fit its config: {names[0]!r} is missing or unexpected")
+        tensors = module.current_names(tensors)
+        shapes = {name: value.shape for name, value in module.state_dict().items()}
+        for name in sorted(shapes.keys() ^ tensors.keys()):
+            raise AdapterError(f"{folder / cls.file} does not fit its config: {name!r} is missing or unexpected")
+        for name, value in tensors.items():
+            if value.shape != shapes[name]:
+                raise AdapterError(
+                    f"{folder / cls.file} does not fit this target: {name!r} is of shape {tuple(value.shape)}, but "
+                    f"{tuple(shapes[name])} is needed"
+                )
+        module.load_state_dict(tensors)
         module.check(folder / cls.file)
         return module.to(target.dtype).eval().requires_grad_(False)
+
+    def current_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file by the names they have today."""
+        return tensors
 
     def check(self, name: object) -> None:
         """Raise AdapterError, naming where they come from, if weights of the right shapes are still not usable."""

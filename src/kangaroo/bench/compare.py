@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from kangaroo.bench.methods import Method
 from kangaroo.bench.records import Measured
-from kangaroo.decoder import Completion, Decoder, Stats
+from kangaroo.completion import Completion, Stats
+from kangaroo.decoder import Decoder
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
 
@@ -92,30 +93,22 @@ def _seconds(answers: list[Measured]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One decoder's answer to one prompt."""
-
-    completion: Completion
-    stats: Stats
-
-
-@dataclass(frozen=True, slots=True)
 class Pair:
     """Baseline and method on one prompt."""
 
     prompt: Prompt
-    baseline: Answer
-    method: Answer
+    baseline: Completion
+    method: Completion
 
     @property
     def identical(self) -> bool:
         """Whether both emitted the same tokens."""
-        return self.baseline.completion.tokens == self.method.completion.tokens
+        return self.baseline.tokens == self.method.tokens
 
     @property
     def repetitive(self) -> bool:
         """Whether the baseline's answer repeats some 4-gram three times; drafting such text is easy."""
-        tokens = self.baseline.completion.tokens
+        tokens = self.baseline.tokens
         grams = Counter(tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3))
         return max(grams.values(), default=0) >= 3
 
@@ -191,11 +184,10 @@ def compare(
         decoder.generate(prompts[:1], max_tokens=max_tokens, sampling=sampling)
     pairs = []
     for place, prompt in enumerate(prompts):
-        answers: dict[str, Answer] = {}
+        answers: dict[str, Completion] = {}
         turns = [("baseline", baseline), ("method", method)]
         for side, decoder in turns if place % 2 == 0 else reversed(turns):
-            completion = decoder.generate([prompt], max_tokens=max_tokens, sampling=sampling)[0]
-            answers[side] = Answer(completion, decoder.stats)
+            answers[side] = decoder.generate([prompt], max_tokens=max_tokens, sampling=sampling)[0]
         pairs.append(Pair(prompt, **answers))
         report(pairs[-1])
     return PairedRun(pairs)

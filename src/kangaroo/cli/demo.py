@@ -25,7 +25,7 @@ def demo(
     chosen = interleave_kinds(read_prompts(split="held-out"))[:prompts]
     sampling = Sampling(temperature=temperature, seed=1)
     if not as_json:
-        stream_answer(decoder, chosen[0].messages, max_tokens, sampling)
+        stream_answer(decoder.stream(chosen[0].messages, max_tokens=max_tokens, sampling=sampling))
     with progress("with Kangaroo and without, in turn", len(chosen), hidden=as_json) as advance:
         result = compare(
             decoder.plain(),
@@ -47,5 +47,5 @@ def demo(
 
 def examine(decoder: Decoder, pair: Pair, sampling: Sampling) -> Divergence:
     """How close the call was where a pair's answers part."""
-    expected, got = pair.baseline.completion.tokens, pair.method.completion.tokens
+    expected, got = pair.baseline.tokens, pair.method.tokens
     return find_divergence(decoder, decoder.tokenizer.encode(pair.prompt), expected, got, sampling)

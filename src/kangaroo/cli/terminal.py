@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Divergence
 from kangaroo.bench.compare import Line, PairedRun
-from kangaroo.decoder import Completion, Decoder, Stats
+from kangaroo.completion import Completion, Stats
+from kangaroo.decoder import Decoder
 from kangaroo.machine import human_bytes
 from kangaroo.sampling import Sampling
-from kangaroo.text import Prompt
+from kangaroo.streaming import AnswerStream
 from kangaroo.training.estimate import Plan, RunEstimate
 from kangaroo.training.report import News, TrainingReport
 
@@ -34,26 +34,19 @@ def print_json(facts: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
-def print_error(message: str) -> None:
-    """One line on standard error."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-
-
 def printable(text: str) -> str:
     """A model's text for a terminal: control characters are shown, not obeyed. Piped text stays as it is."""
     return text.translate(_CONTROL_PICTURES) if out.is_terminal else text
 
 
-def stream_answer(
-    decoder: Decoder, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-) -> str:
-    """Stream an answer: green and underlined where drafted and accepted, plain where the token is the target's own."""
+def stream_answer(stream: AnswerStream) -> str:
+    """Show an answer: green and underlined where drafted and accepted, plain where the token is the target's own."""
     parts = []
-    for piece in decoder.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
+    for piece in stream:
         parts.append(piece.text)
         out.print(Text(printable(piece.text), style="green underline" if piece.drafted else ""), end="")
     out.print()
-    stats = decoder.stats
+    stats = stream.stats
     drafted = f"{stats.accepted} of {stats.emitted} tokens drafted" if stats.accepted else f"{stats.emitted} tokens"
     notes.print(
         f"{drafted}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim"
@@ -61,8 +54,9 @@ def stream_answer(
     return "".join(parts)
 
 
-def show_batch(prompts: list[str], done: list[Completion], stats: Stats) -> None:
+def show_batch(prompts: list[str], done: list[Completion]) -> None:
     """Answers of a batch, in order."""
+    stats = Stats.total(answer.stats for answer in done)
     for prompt, answer in zip(prompts, done, strict=True):
         out.print(Text(f"> {prompt}", style="dim"))
         out.print(Text(printable(answer.text) + "\n"))
@@ -71,7 +65,8 @@ def show_batch(prompts: list[str], done: list[Completion], stats: Stats) -> None
 
 def completion_facts(prompt: str, completion: Completion) -> dict[str, Any]:
     """A completion for machines."""
-    return {"prompt": prompt, **asdict(completion)}
+    names = ("text", "tokens", "drafted", "finish_reason", "stopped_by", "prompt_tokens")
+    return {"prompt": prompt, **{name: getattr(completion, name) for name in names}}
 
 
 def stats_facts(stats: Stats) -> dict[str, Any]:
@@ -101,7 +96,7 @@ def comparison_facts(result: PairedRun, decoder: Decoder, sampling: Sampling) ->
         "cr_without_repetitions": round(varied.compression_rate, 3) if varied.pairs else None,
         "prompts": len(result.pairs),
         "prompts_without_repetitions": len(varied.pairs),
-        "tokens": sum(len(pair.method.completion.tokens) for pair in result.pairs),
+        "tokens": sum(len(pair.method.tokens) for pair in result.pairs),
         "temperature": sampling.temperature,
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

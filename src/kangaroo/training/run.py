@@ -208,7 +208,7 @@ def _take_over(adapter: Adapter, folder: Path) -> None:
                 'or start from the target (adapter.init = "target")'
             )
     # From the file once more: what was loaded has the target's precision, which may be lower than that of training.
-    adapter.load_state_dict(load_file(folder / Adapter.file))
+    adapter.load_state_dict(adapter.current_names(load_file(folder / Adapter.file)))
 
 
 def new_heads(target: Target, recipe: MedusaRecipe) -> MedusaHeads:

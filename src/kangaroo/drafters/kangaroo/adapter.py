@@ -8,7 +8,7 @@ one such layer; several stand one behind the other, and share the last norm and 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,6 @@ class Adapter(TrainedWeights):
         self.head = nn.Linear(target.width, target.vocab_size, bias=False) if config.variant == "own-head" else None
         self.vocabulary = DraftVocabulary(target, config.draft_vocabulary) if config.draft_vocabulary else None
         self.float().to(target.device).requires_grad_(True)
-        self.register_load_state_dict_pre_hook(_name_layers)  # type: ignore[no-untyped-call]
 
     def initialise(self, seed: int, *, from_target: bool) -> None:
         """Random weights (norms at one, the target's head), or those of the target's layers from the exit on.
@@ -108,6 +107,11 @@ class Adapter(TrainedWeights):
         if self.vocabulary is not None:
             return self.vocabulary.logits(y)
         return target.logits(y) if self.head is None else target.scale_logits(self.head(y))
+
+    def current_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Files from when an adapter had one layer name its parts without saying which layer's they are."""
+        old = ("norm_in", "attention", "mlp", "norm_mid")
+        return {f"layers.0.{name}" if name.split(".")[0] in old else name: value for name, value in tensors.items()}
 
     def check(self, name: object) -> None:
         """Raise AdapterError if what was loaded from `name` does not fit the target."""
@@ -153,14 +157,6 @@ class AdapterLayer(nn.Module):
         if self.mlp is not None:
             x = x + self.mlp(self.norm_in(x) if self.norm_mid is None else self.norm_mid(x))
         return x
-
-
-def _name_layers(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: object) -> None:
-    """Files from when an adapter had one layer name its parts without saying which layer's they are."""
-    for name in list(tensors):
-        part = name.removeprefix(prefix)
-        if part.split(".")[0] in ("norm_in", "attention", "mlp", "norm_mid"):
-            tensors[f"{prefix}layers.0.{part}"] = tensors.pop(name)
 
 
 class FeedForward(nn.Module):

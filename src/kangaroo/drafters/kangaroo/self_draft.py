@@ -90,10 +90,15 @@ def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+ADAPTER_SETTINGS = ("adapter", "allow_other_target")
+"""The settings that `load_adapter` reads."""
+
+
 def load_adapter(target: Target, settings: Settings) -> Adapter:
     """The adapter that the settings name. Raises ConfigError or AdapterError."""
     advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
-    return Adapter.load(need_path(settings, "adapter", advice), target)
+    relative = bool(settings.get("allow_other_target", False))
+    return Adapter.load(need_path(settings, "adapter", advice), target, allow_other_target=relative)
 
 
 def choose_exit_layer(target: Target, settings: Settings) -> int:

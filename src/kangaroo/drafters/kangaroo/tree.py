@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.kangaroo.adapter import Adapter
-from kangaroo.drafters.kangaroo.self_draft import SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.kangaroo.self_draft import ADAPTER_SETTINGS, SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
@@ -131,7 +131,7 @@ class KangarooTree:
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooTree]:
     """Settings: adapter, and those of TreeConfig."""
     adapter = load_adapter(target, settings)
-    config = configure(TreeConfig, settings, also=("adapter",))
+    config = configure(TreeConfig, settings, also=ADAPTER_SETTINGS)
     return lambda: KangarooTree(target, adapter, adapter.config.exit_layer, config)
 
 
