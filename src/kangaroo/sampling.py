@@ -125,8 +125,6 @@ class Sampler:
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int, device: torch.device):
         self.vocab_size, self.device = vocab_size, device
-        self.plain: bool
-        """Whether every row takes the best token, whatever came before."""
         self._rows = list(rows)
         self.constrain: Callable[[Tensor, Prefix], Tensor] | None = None
         """What else changes scores, between penalties and temperature (`constraints.py`)."""
@@ -151,7 +149,6 @@ class Sampler:
 
         rows = self._rows
         self.greedy = all(r.temperature == 0 for r in rows)
-        self.plain = all(r == Sampling(seed=r.seed, index=r.index) for r in rows)
         self.penalised = any(
             r.repetition_penalty != 1 or r.presence_penalty != 0 or r.frequency_penalty != 0 for r in rows
         )
@@ -175,6 +172,11 @@ class Sampler:
                 for token, bias in row.logit_bias.items():
                     self._bias[i, 0, token] = bias
         self._untouched = self.greedy and not self.penalised and self._bias is None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row takes the best token, whatever came before."""
+        return self._untouched and self.constrain is None
 
     def scores(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """Logits [B, N, V] after bias, penalties, temperature and filters; what is filtered out is -inf.
@@ -260,7 +262,7 @@ class Sampler:
         known: Columns | None = None,
     ) -> Tensor:
         """The token [B, N] drawn at each node (the Gumbel-max trick); positions as in `perturb`."""
-        if self._untouched:  # a wider type would hold the same numbers in the same order
+        if self.plain:  # a wider type would hold the same numbers in the same order
             return logits.argmax(-1)
         return self.perturb(self.scores(logits, prefix), positions, stream, known).argmax(-1)
 

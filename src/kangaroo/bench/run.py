@@ -77,8 +77,8 @@ def load_methods(recipe: BenchRecipe, trained: Mapping[str, Path] | None = None)
     trained = trained or {}
     untrained = [method.name for method in recipe.methods if method.train and method.name not in trained]
     assert not untrained, f"{untrained} must be trained first"
-    files: dict[str, Any] = dict(recipe.files)
-    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype, **files)
+    named: dict[str, Any] = dict(recipe.files)
+    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype, **named)
     drafting = {}
     for method in recipe.methods:
         if method.drafter is not None:
