@@ -91,6 +91,6 @@ def test_blocks_that_torch_holds_in_reserve_are_free(monkeypatch: pytest.MonkeyP
 
 def test_the_command_line_needs_no_unix() -> None:
     """Windows has no fcntl."""
-    code = "import sys; sys.modules['fcntl'] = None; from kangaroo import cli; from kangaroo.bench import journal"
+    code = "import sys; sys.modules['fcntl'] = None; from kangaroo.cli import bench, main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr

@@ -3,9 +3,8 @@
 import json
 import multiprocessing
 import random
-import subprocess
-import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -256,22 +255,28 @@ def test_one_process_at_a_time(recipe: MakeRecipe) -> None:
     run_bench(settings, limit=1, report=again)
 
 
+@FORK
 def test_processes_keep_one_another_out(tmp_path: Path) -> None:
     """Until the one that holds the folder ends, even if it is killed."""
-    code = (
-        "import sys, time, pathlib; from kangaroo.bench.journal import claim\n"
-        "with claim(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "held\n"
-            with pytest.raises(ConfigError, match="another process is writing"), claim(tmp_path):
-                pass
-        finally:
-            other.kill()
+    fork = multiprocessing.get_context("fork")
+    holds = fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path, holds))
+    process.start()
+    try:
+        assert holds.wait(60)
+        with pytest.raises(ConfigError, match="another process is writing"), claim(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.join()
     with claim(tmp_path):
         pass
+
+
+def hold(folder: Path, holds: Event) -> None:
+    with claim(folder):
+        holds.set()
+        time.sleep(600)
 
 
 def test_no_room_for_a_prompt(recipe: MakeRecipe) -> None:
