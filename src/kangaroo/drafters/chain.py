@@ -145,9 +145,8 @@ def choose(
     `tokens` [B, N] are the nodes so far, the pending one first. Logits over a draft vocabulary are [B, 1, n].
     """
     if vocabulary is not None:
-        if (
-            state.rule == "match" and state.sampler.plain and not state.constraints.needed
-        ):  # what the rest comes to, without the vocabulary's length
+        # What the rest comes to, without the vocabulary's length.
+        if state.rule == "match" and state.sampler.plain:
             return vocabulary.tokens[logits.argmax(-1)], None
         logits = vocabulary.spread(logits)
     nodes = tokens.shape[1]

@@ -77,7 +77,7 @@ class SelfDraft:
 
     def _forget(self, rows: Tensor | None, state: State) -> None:
         """What waits for the adapter belongs to requests that have left these rows (None: all)."""
-        if self._unseen is None or rows is None:
+        if self._unseen is None or rows is None or len(rows) == state.batch:
             self._unseen = None
             return
         states, positions = self._unseen
