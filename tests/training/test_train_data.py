@@ -66,7 +66,7 @@ def test_malformed_rows_are_named(tmp_path: Path, row: str, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9]), ("bad.jsonl", b'{"text": "\xff"}')],
+    [("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-9]), ("bad.jsonl", b'{"text": "\xff"}')],
 )
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
