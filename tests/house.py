@@ -11,11 +11,11 @@ import kangaroo
 ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
-    errors files toml machine documents
-    tree cache sampling state
+    errors files toml cgroup machine documents
+    tree cache sampling constraints logprobs state
     fingerprint norms families passes attention window rotary
-    verdicts parts trial settle model weights gguf_file loading threads
-    drafters.base drafters.settings drafters.chain drafters.none drafters.draft_model
+    verdicts parts trial settle model weights demo demo.smollm2 gguf_file loading threads
+    drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
     drafters.copying drafters.copying.arrivals drafters.copying.ngrams drafters.copying.prompt_lookup
@@ -24,7 +24,7 @@ ORDER = """
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
     drafters
     accept decode
-    demo text decoder hf
+    text completion arguments streaming decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench"]
 """Folders that may use everything in ORDER, and none of one another."""

@@ -33,6 +33,8 @@ from tiny import EXIT, VOCAB, make_adapter, make_draft_model
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2], [1, 1, 2, 3, 5, 8, 13, 21, 34, 5, 8, 13, 21])
 
+FEW = VOCAB * 2 // 3
+"""Tokens of a draft vocabulary."""
 CALIBRATION = Calibration((0.1, 0.5, 0.9), (0.2, 0.5, 0.9), after_right=0.6)
 DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "none": lambda target: NoDrafter(),
@@ -41,11 +43,20 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "kangaroo-auto": lambda t: Kangaroo(
         t, make_adapter(t), EXIT, ChainConfig(max_draft=6), CostAware(CALIBRATION, DraftCosts(token=0.3), longest=6)
     ),
+    "kangaroo-deep": lambda t: Kangaroo(
+        t, make_adapter(t, layers=2, draft_vocabulary=FEW), EXIT, ChainConfig(max_draft=5, threshold=0.2)
+    ),
+    "kangaroo-tree-of-few": lambda t: KangarooTree(
+        t, make_adapter(t, draft_vocabulary=FEW), EXIT, TreeConfig(top_k=3, max_draft=3, threshold=0.05)
+    ),
     "kangaroo-tree": lambda t: KangarooTree(t, make_adapter(t), EXIT, TreeConfig(top_k=3, max_draft=3, threshold=0.05)),
     "early-exit": lambda t: Kangaroo(t, None, EXIT, ChainConfig(max_draft=4, threshold=0.2)),
     "early-exit-tree": lambda t: KangarooTree(t, None, EXIT, TreeConfig(top_k=2, max_draft=4, threshold=0.02)),
     "kangaroo+lookup": lambda t: KangarooLookup(
         t, make_adapter(t), EXIT, KangarooLookupConfig(max_draft=4, threshold=0.35, max_copy=5)
+    ),
+    "kangaroo+lookup-of-few": lambda t: KangarooLookup(
+        t, make_adapter(t, layers=2, draft_vocabulary=FEW), EXIT, KangarooLookupConfig(max_draft=4, max_copy=5)
     ),
     "medusa": lambda t: Medusa(t, make_heads(t), MedusaChainConfig()),
     "medusa-tree": lambda t: MedusaTree(t, make_heads(t), MedusaTreeConfig(top_k=3, nodes=9)),

@@ -72,7 +72,7 @@ def test_comparing_counts_both_sides_alike(tmp_path: Path) -> None:
     barred = without_end(Sampling(), decoder.eos)
     result = compare(decoder.plain(), decoder, ["Where", "The answer is"], max_tokens=16, sampling=barred)
     assert result.identical
-    assert all(len(pair.method.completion.tokens) == 16 for pair in result.pairs)
+    assert all(len(pair.method.tokens) == 16 for pair in result.pairs)
     assert all(pair.baseline.stats.compression_rate == 1 for pair in result.pairs)
     assert result.compression_rate > 1
     assert result.speedup > 0

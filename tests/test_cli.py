@@ -48,12 +48,24 @@ def test_a_file_of_prompts_is_answered_as_a_batch(
     assert alone["tokens"] == found["answers"][0]["tokens"]
 
 
+def test_several_answers_of_a_least_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("generate", "--model", str(folder / "target"), "--drafter", "none", "--prompt", "eat", "--json")
+    options = (*options, "--samples", "3", "--temperature", "1.5", "--max-tokens", "9", "--min-tokens", "9")
+    assert invoke(*options) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert len({tuple(answer["tokens"]) for answer in answers}) == 3
+    assert {(len(a["tokens"]), a["finish_reason"], a["stopped_by"]) for a in answers} == {(9, "length", None)}
+    assert invoke(*options, "--ignore-eos") == 0
+    assert invoke(*options, "--min-tokens", "10") == 2
+    assert "min_tokens" in capsys.readouterr().err
+
+
 def test_check_passes_on_a_lossless_drafter_and_fails_below_the_least_that_means_anything(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("check", "--model", str(folder / "target"), "--drafter", "early-exit", "--set", "exit_layer=1", "--json")
     options = (*options, "--set", "threshold=0.02", "--temperature", "0", "--batch", "4")
-    assert invoke(*options, "--prompts", "50", "--max-tokens", "60", "--dtype", "float64") == 0
+    assert invoke(*options, "--prompts", "50", "--max-tokens", "42", "--dtype", "float64") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["lossless"]
     report = found["drafters"]["early-exit"]
@@ -130,3 +142,9 @@ def test_compare_sets_every_drafter_beside_plain_decoding(folder: Path, capsys: 
     assert "identical" in shown
     assert "left out: rest (needs --datastore)" in shown
     assert invoke("compare", *options) == 2
+
+
+@pytest.mark.parametrize(("verb", "section"), [("bench", "[quick]"), ("train", "[synthesis]")])
+def test_help_shows_names_of_sections(verb: str, section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(verb, "--help") == 0
+    assert section in capsys.readouterr().out

@@ -30,7 +30,7 @@ PROMPTS = ["Where would", "I need 3 tickets", "The"]
 def test_every_drafter_writes_what_plain_decoding_writes(folder: Path, drafter: str, sampling: Sampling) -> None:
     decoder = load(folder, drafter, threshold=0.05)
     together = decoder.generate(PROMPTS, max_tokens=20, sampling=sampling)
-    assert decoder.stats.accepted > 0
+    assert any(completion.stats.accepted for completion in together)
     for prompt, completion in zip(PROMPTS, together, strict=True):
         alone = decoder.plain().generate([prompt], max_tokens=20, sampling=sampling)[0]
         assert (completion.text, completion.tokens) == (alone.text, alone.tokens)
@@ -41,7 +41,8 @@ def test_every_drafter_writes_what_plain_decoding_writes(folder: Path, drafter: 
 def test_stats_add_up(folder: Path) -> None:
     decoder = load(folder, "early-exit", threshold=0.0, max_draft=3)
     done = decoder.generate(PROMPTS, max_tokens=15)
-    stats = decoder.stats
+    stats = kangaroo.Stats.total(c.stats for c in done)
+    assert all(c.stats.emitted == len(c.tokens) for c in done)
     assert stats.emitted == sum(len(c.tokens) for c in done) == sum(stats.lengths)
     assert stats.rounds == len(stats.lengths) == len(stats.drafts)
     assert stats.accepted == sum(sum(c.drafted) for c in done) <= stats.drafted == sum(stats.drafts)
@@ -135,5 +136,5 @@ def test_a_target_spread_over_devices_writes_the_same_text(folder: Path, tmp_pat
     decoder = kangaroo.load(spread, adapter=folder / "adapter", threshold=0.05)
     assert decoder.target.hides_weights
     got = decoder.generate(PROMPTS, max_tokens=20)
-    assert decoder.stats.accepted > 0
+    assert any(c.stats.accepted for c in got)
     assert [c.tokens for c in got] == [c.tokens for c in load(folder, "none").generate(PROMPTS, max_tokens=20)]

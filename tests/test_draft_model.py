@@ -113,7 +113,7 @@ def test_a_draft_model_from_a_folder(chat: Path) -> None:
     plain = decoder.plain().generate(["Where?", "The answer"], max_tokens=20)
     got = decoder.generate(["Where?", "The answer"], max_tokens=20)
     assert [c.tokens for c in got] == [c.tokens for c in plain]
-    assert decoder.stats.accepted > 0
+    assert any(answer.stats.accepted for answer in got)
 
 
 def test_another_vocabulary_is_refused(chat: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_reasons_for_stopping_are_told_apart() -> None:
 def test_nothing_is_drafted_that_could_not_be_emitted() -> None:
     """A round emits the drafts and one token more, so the last token of a row is never drafted."""
     model = target("llama")
-    for name in set(DRAFTERS) - {"none", "kangaroo-tree", "early-exit-tree", "medusa-tree", "rest"}:
+    for name in {d for d in DRAFTERS if "tree" not in d} - {"none", "rest"}:
         run = generate(model, DRAFTERS[name](model), requests(PROMPTS, EVERYTHING, 9))
         for rounds, drafted in zip(run.rounds, run.drafted, strict=True):
             room = 9

@@ -116,10 +116,10 @@ def test_an_adapter_has_the_familys_own_attention(family: str, tmp_path: Path) -
     x, where = torch.randn(1, 6, run.width, dtype=torch.float64), sequence(1, 6)
     assert torch.equal(adapter.double()(x, where), again(x, where))
     layer = run.layers[EXIT].self_attn
-    assert again.attention is not None
-    attended = run.attend(again.attention, x, where, None)
+    assert again.layers[0].attention is not None
+    attended = run.attend(again.layers[0].attention, x, where, None)
     assert close(attended, run.attend(layer, x, where, None))
-    swapped = run.attend(again.attention, x[:, [1, 0, 2, 3, 4, 5]], where, None)
+    swapped = run.attend(again.layers[0].attention, x[:, [1, 0, 2, 3, 4, 5]], where, None)
     assert not close(attended[:, 2:], swapped[:, 2:]), "it should know the order of the tokens"
 
 

@@ -22,7 +22,7 @@ def test_texts_are_those_of_plain_decoding(tmp_path, drafter: str, sampling: Sam
     decoder = kangaroo.load(folder / "target", drafter=drafter, adapter=adapter, dtype=torch.float64, threshold=0.05)
     assert decoder.target.device.type == "cuda"
     got = decoder.generate(PROMPTS, max_tokens=24, sampling=sampling)
-    assert decoder.stats.accepted > 0
+    assert any(answer.stats.accepted for answer in got)
     for prompt, completion in zip(PROMPTS, got, strict=True):
         assert decoder.plain().generate([prompt], max_tokens=24, sampling=sampling)[0].tokens == completion.tokens
 

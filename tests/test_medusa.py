@@ -344,7 +344,7 @@ def test_parameters_are_those_of_the_real_thing(family: str) -> None:
     shape = TargetShape.of(model.config)
     assert shape.key_value_heads < shape.heads
     variants: tuple[Variant, ...] = ("kangaroo", "own-head", "full-layer", "mlp-only")
-    for variant in variants:
-        adapter = Adapter(model, AdapterConfig(exit_layer=EXIT, variant=variant))
-        assert adapter_parameters(shape, variant) == sum(p.numel() for p in adapter.parameters())
+    for variant, layers in itertools.product(variants, (1, 3)):
+        adapter = Adapter(model, AdapterConfig(exit_layer=EXIT, variant=variant, layers=layers))
+        assert adapter_parameters(shape, variant, layers) == sum(p.numel() for p in adapter.parameters())
     assert medusa_parameters(shape, HEADS) == sum(p.numel() for p in new_heads(model).parameters())

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kangaroo import demo
 from kangaroo.decode import decode, start, step
 from kangaroo.drafters import find_drafter
 from kangaroo.drafters.base import Drafter
@@ -22,6 +21,7 @@ from kangaroo.loading import load_model
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
+from little_model import ADAPTER, TARGET
 from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
 
 READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero", "__iter__")
@@ -67,14 +67,14 @@ def reads(calls: Calls) -> Iterator[Counter[str]]:
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    return Target(load_model(demo.TARGET, torch.float32), pack=True)
+    return Target(load_model(TARGET, torch.float32), pack=True)
 
 
 def begin(
     target: Target, name: str, settings: dict[str, Any], sampling: Sampling = GREEDY, rows: int = 1
 ) -> tuple[Drafter, State]:
     """Some rounds into a text, of rows of different lengths."""
-    files = {"adapter": demo.FILES["adapter"]} if name.startswith("kangaroo") else {}
+    files = {"adapter": ADAPTER} if name.startswith("kangaroo") else {}
     drafter = find_drafter(name).build(target, None, files | settings)()
     state = start(target, drafter, [Request(PROMPT[i:], sampling, 60) for i in range(rows)])
     for _ in range(3):

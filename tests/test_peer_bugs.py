@@ -11,12 +11,12 @@ from torch import Tensor
 
 import kangaroo.accept
 import kangaroo.drafters.chain as chain_drafter
-import kangaroo.text
 from chat_model import save_chat_model
 from distributions import BROKEN, CHANCE, sample, small_target
 from kangaroo.bench.check import check, expect
+from kangaroo.completion import Stats, Transcript
 from kangaroo.decode import start
-from kangaroo.decoder import Decoder, Stats, load
+from kangaroo.decoder import Decoder, load
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.copying.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
@@ -30,7 +30,7 @@ from scripted import ScriptedDrafter
 from tiny import VOCAB, make_adapter, target
 
 HONEST_CHOICE, HONEST_CLIP = chain_drafter.choose, kangaroo.accept.clip
-Choice = Callable[[Tensor, Tensor, State], tuple[Tensor, Tensor]]
+Choice = Callable[[Tensor, Tensor, State, object], tuple[Tensor, Tensor]]
 
 
 def sampled_chain() -> Drafter:
@@ -47,7 +47,7 @@ def copies() -> PromptLookup:
 
 
 def test_greedy_drafts_scored_with_a_softmax_bias_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    def misreported(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def misreported(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
         return logits.argmax(-1), logits.softmax(-1)
 
     monkeypatch.setattr(chain_drafter, "choose", misreported)
@@ -71,13 +71,13 @@ def test_copied_drafts_said_to_be_uncertain_bias_the_output(monkeypatch: pytest.
 # --- 2. a draft drawn and scored at different temperature or precision
 
 
-def scored_at_temperature_one(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    token, _ = HONEST_CHOICE(logits, tokens, state)
+def scored_at_temperature_one(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
+    token, _ = HONEST_CHOICE(logits, tokens, state, None)
     return token, logits.softmax(-1)
 
 
-def scored_in_eight_bits(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    token, q = HONEST_CHOICE(logits, tokens, state)
+def scored_in_eight_bits(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
+    token, q = HONEST_CHOICE(logits, tokens, state, None)
     assert q is not None
     coarse = (q * 4).round().clamp_min(1) / 4
     return token, coarse / coarse.sum(-1, keepdim=True)
@@ -127,9 +127,9 @@ def cut_a_draft_early(verdict: Verdict, draft: Draft, state: State) -> Verdict:
 
 
 def blind_to_ends_inside(verdict: Verdict, draft: Draft, state: State) -> Verdict:
-    eos, state.eos = state.eos, state.eos[:0]
+    ends, state.ends = state.ends, state.ends[:, :0]
     cut = HONEST_CLIP(verdict, draft, state)
-    state.eos = eos
+    state.ends = ends
     return cut
 
 
@@ -178,10 +178,14 @@ def test_a_stop_string_inside_a_draft_ends_the_text_where_plain_decoding_ends_it
     assert {answer.finish_reason for answer in want} == {"stop"}
     assert [(a.text, a.tokens) for a in answers(decoder)] == [(a.text, a.tokens) for a in want]
 
-    def whole_rounds(text: kangaroo.text.TextStream, emitted: list[int]) -> list[kangaroo.Piece]:
-        return [kangaroo.Piece(text.push(token), token, True) for token in emitted]
+    def whole_rounds(self: Transcript, done: kangaroo.Round, row: int) -> list[kangaroo.Piece]:
+        pieces = [self._piece(token, True, None) for token in done.emitted[row]]
+        reasons = [piece.finish_reason for piece in pieces if piece.finish_reason]
+        if reasons:
+            self._complete(reasons[0])
+        return pieces
 
-    monkeypatch.setattr(sys.modules["kangaroo.decoder"], "_push", whole_rounds)
+    monkeypatch.setattr(Transcript, "read", whole_rounds)
     assert [a.tokens for a in answers(decoder)] != [a.tokens for a in want]
 
 
@@ -192,8 +196,9 @@ def test_only_what_is_in_the_answer_counts_as_speed(chat: Path, monkeypatch: pyt
     decoder, prompts = always_right(chat), ["Where", "I need"]
     stop = stops_in(decoder.plain().generate(prompts[1:], max_tokens=40)[0].text)[:1]
     done = decoder.generate(prompts, stop=stop, max_tokens=40)
-    assert decoder.stats.emitted == sum(len(c.tokens) for c in done) == sum(decoder.stats.lengths)
-    assert decoder.stats.accepted == sum(sum(c.drafted) for c in done)
+    stats = Stats.total(c.stats for c in done)
+    assert stats.emitted == sum(len(c.tokens) for c in done) == sum(stats.lengths)
+    assert stats.accepted == sum(sum(c.drafted) for c in done)
     honest = Stats.add
 
     def drafts_count_as_well(self: Stats, pieces: Sequence[kangaroo.Piece], drafted: int) -> None:
@@ -202,7 +207,7 @@ def test_only_what_is_in_the_answer_counts_as_speed(chat: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Stats, "add", drafts_count_as_well)
     done = decoder.generate(prompts, stop=stop, max_tokens=40)
-    assert decoder.stats.emitted > sum(len(c.tokens) for c in done)
+    assert Stats.total(c.stats for c in done).emitted > sum(len(c.tokens) for c in done)
 
 
 # --- 6. plain decoding shown as speculation

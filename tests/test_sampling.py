@@ -299,6 +299,13 @@ def sampled_chain() -> Drafter:
     return Kangaroo(target, make_adapter(target, 1, scale=2.0), 1, ChainConfig(max_draft=2, threshold=0))
 
 
+def chain_of_few() -> Drafter:
+    """Most of what the target says is never drafted."""
+    target = small_target()
+    adapter = make_adapter(target, 1, scale=2.0, draft_vocabulary=2)
+    return Kangaroo(target, adapter, 1, ChainConfig(max_draft=2, threshold=0))
+
+
 def confident_chain() -> Drafter:
     return Kangaroo(small_target(), None, 1, ChainConfig(max_draft=2, threshold=0.45))
 
@@ -314,7 +321,7 @@ def copied_tree() -> Drafter:
     return Rest(Datastore(index(texts, SMALL), SMALL), RestConfig(nodes=6, continuation=2, shortest=1, longest=2))
 
 
-def greedy_choice(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor]:
+def greedy_choice(logits: Tensor, tokens: Tensor, state: State, _: object) -> tuple[Tensor, Tensor]:
     """The best token, honestly said to be certain."""
     nodes = tokens.shape[1]
     probs = state.sampler.probs(logits, state.prefix(tokens, chain(state.batch, nodes)))
@@ -331,7 +338,7 @@ def test_noise_that_ignores_the_position_is_found_out(monkeypatch: pytest.Monkey
     assert sample(NoDrafter(), "match") > BROKEN
 
 
-@pytest.mark.parametrize("make", [sampled_chain, confident_chain, tree, copied_tree])
+@pytest.mark.parametrize("make", [sampled_chain, chain_of_few, confident_chain, tree, copied_tree])
 def test_rejection_sampling_draws_from_the_models_distribution(make: Callable[[], Drafter]) -> None:
     assert sample(make(), "reject") < CHANCE
 

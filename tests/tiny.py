@@ -122,10 +122,11 @@ def make_adapter(target: Target, exit_layer: int = EXIT, scale: float = 0.1, **c
     torch.manual_seed(1)
     adapter = Adapter(target, AdapterConfig(exit_layer=exit_layer, **config)).to(target.dtype)
     adapter.eval().requires_grad_(False)
-    if adapter.attention is not None:
-        for name, parameter in adapter.attention.named_parameters():
-            if "o_proj" in name or "dense" in name:
-                parameter.mul_(scale)
+    if adapter.vocabulary is not None:
+        adapter.vocabulary.choose(torch.rand(target.vocab_size))
+    for name, parameter in adapter.named_parameters():
+        if "attention" in name and ("o_proj" in name or "dense" in name):
+            parameter.mul_(scale)
     return adapter
 
 

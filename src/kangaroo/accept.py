@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kangaroo.constraints import NOTHING
 from kangaroo.sampling import Stream, gumbel
 from kangaroo.state import State
 from kangaroo.tree import Draft, Placement, Verdict
@@ -26,7 +27,11 @@ def match(draft: Draft, logits: Tensor, where: Placement, state: State) -> Verdi
     """
     prefix, positions = state.prefix(draft.tokens, draft.parents), where.positions + 1
     known = state.ahead(1, draft.tokens.shape[1]) if draft.is_chain else None
-    return follow(draft, state.sampler.draw(logits, prefix, positions, known=known))
+    if not state.constraints.has_processors:
+        return follow(draft, state.sampler.draw(logits, prefix, positions, known=known))
+    scores = state.sampler.scores(logits, prefix)
+    drawn = state.sampler.perturb(scores, positions, known=known).argmax(-1)
+    return follow(draft, torch.where(scores.amax(-1) > -math.inf, drawn, NOTHING))
 
 
 def follow(draft: Draft, drawn: Tensor) -> Verdict:
@@ -56,7 +61,11 @@ def reject(draft: Draft, logits: Tensor, where: Placement, state: State) -> Verd
     (q one-hot). Acceptance and residual draws use random streams of their own, keyed by the row's length, so they are
     independent of the draft's and of the other rows.
     """
-    probs = state.sampler.probs(logits, state.prefix(draft.tokens, draft.parents)).double()
+    prefix = state.prefix(draft.tokens, draft.parents)
+    probs = state.sampler.probs(logits, prefix).double()
+    if state.constraints.has_processors:
+        barred = state.sampler.scores(logits, prefix).amax(-1, keepdim=True) == -math.inf
+        probs = probs.masked_fill(barred, math.nan)  # nothing compares with it, so nothing is accepted behind it
     batch, nodes, vocab = probs.shape
     rows = torch.arange(batch, device=probs.device)
     counters = state.round_counters(nodes)
@@ -74,7 +83,7 @@ def reject(draft: Draft, logits: Tensor, where: Placement, state: State) -> Verd
     path, length = _distinct(torch.stack(steps, 1))
     noise = gumbel(state.sampler.keys(counters[:, :1], Stream.RESIDUAL), vocab)
     next_token = (p.log().clamp_min(-1e300) + noise[:, 0]).argmax(-1)
-    return Verdict(path, length, next_token)
+    return Verdict(path, length, torch.where(p[:, 0].isnan(), NOTHING, next_token))
 
 
 def _residual(p: Tensor, q: Tensor) -> Tensor:
@@ -95,16 +104,21 @@ def _distinct(steps: Tensor) -> tuple[Tensor, Tensor]:
 def clip(verdict: Verdict, draft: Draft, state: State) -> Verdict:
     """Cut at the first end-of-sequence token and at the room left; finished rows accept nothing."""
     columns = torch.arange(verdict.path.shape[1], device=verdict.path.device)
-    tokens = draft.tokens.gather(1, verdict.path)
-    # emitted[:, j] is the (j + 1)-th token the round would emit: drafted ones, then the target's own.
-    emitted = torch.cat([tokens[:, 1:], verdict.next_token[:, None]], 1)
-    emitted = torch.where(columns == verdict.length[:, None] - 1, verdict.next_token[:, None], emitted)
-    ends = torch.isin(emitted, state.eos) & (columns < verdict.length[:, None])
+    emitted = emitted_tokens(verdict, draft)
+    ends = state.is_end(emitted) & (columns < verdict.length[:, None])
     first_end = torch.where(ends, columns + 1, verdict.length[:, None]).amin(1)
     length = torch.minimum(torch.minimum(first_end, verdict.length), state.room)
     length = torch.where(state.active, length, 0)
     last = emitted.gather(1, (length - 1).clamp_min(0)[:, None])[:, 0]
     return Verdict(verdict.path, length, torch.where(state.active, last, draft.tokens[:, 0]))
+
+
+def emitted_tokens(verdict: Verdict, draft: Draft) -> Tensor:
+    """[B, M] what a round emits: drafted tokens, then the target's own; columns past `length` mean nothing."""
+    columns = torch.arange(verdict.path.shape[1], device=verdict.path.device)
+    tokens = draft.tokens.gather(1, verdict.path)
+    shifted = torch.cat([tokens[:, 1:], verdict.next_token[:, None]], 1)
+    return torch.where(columns == verdict.length[:, None] - 1, verdict.next_token[:, None], shifted)
 
 
 RULES: dict[str, Rule] = {"match": match, "reject": reject}

@@ -1,18 +1,20 @@
 """The loop: draft, verify, accept, commit. Every drafter, chain or tree, greedy or sampled, runs through it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kangaroo.accept import RULES, clip
+from kangaroo.accept import RULES, clip, emitted_tokens
+from kangaroo.constraints import run_processor
 from kangaroo.drafters.base import Drafter
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.logprobs import TokenLogprobs, token_logprobs
 from kangaroo.model import Target
 from kangaroo.sampling import Sampler
 from kangaroo.state import Committed, Request, State
-from kangaroo.tree import Draft, Placement, Stop, place_at
+from kangaroo.tree import Draft, Placement, Stop, Verdict, place_at
 
 PREFILL_CHUNK = 512
 
@@ -27,6 +29,8 @@ class Round:
     """Tokens the drafter proposed, padding not counted."""
     stops: tuple[Stop, ...]
     """Why drafting stopped."""
+    logprobs: list[list[TokenLogprobs]] | None = None
+    """Those of the emitted tokens, in the rows that want them; None if no row does."""
 
 
 @torch.inference_mode()
@@ -70,8 +74,23 @@ def check_request(request: Request, target: Target) -> Request:
         raise DataError(f"the prompt has {len(request.prompt)} tokens, but the context holds {target.context}")
     if not 0 <= min(request.prompt) <= max(request.prompt) < target.vocab_size:
         raise DataError(f"the prompt holds token ids outside the vocabulary of {target.vocab_size}")
-    room = target.context - len(request.prompt)
-    return Request(request.prompt, request.sampling, min(request.max_tokens, room))
+    _check_ends(request, target)
+    if request.processor is not None:  # a mistake should not wait for the first round
+        kind = torch.float64 if target.dtype == torch.float64 else torch.float32
+        scores = torch.zeros(target.vocab_size, dtype=kind, device=target.device)
+        run_processor(request.processor, list(request.prompt), [], scores)
+    longest = min(request.max_tokens, target.context - len(request.prompt))
+    return replace(request, max_tokens=longest, min_tokens=min(request.min_tokens, longest))
+
+
+def _check_ends(request: Request, target: Target) -> None:
+    if not 0 <= request.min_tokens <= request.max_tokens:
+        raise ConfigError(
+            f"min_tokens must be in 0..{request.max_tokens}, which is max_tokens, got {request.min_tokens}"
+        )
+    outside = [token for token in request.stop_token_ids if not 0 <= token < target.vocab_size]
+    if outside:
+        raise ConfigError(f"stop_token_ids names token {outside[0]}, but the vocabulary has {target.vocab_size} tokens")
 
 
 @torch.inference_mode()
@@ -105,11 +124,32 @@ def step(target: Target, drafter: Drafter, state: State) -> Round:
     where = place_draft(draft, state)
     x = target.embed(draft.tokens) if draft.hidden is None else draft.hidden
     x, features = target.run(x, where, state.cache, start=draft.layers_done, taps=drafter.taps)
-    verdict = RULES[state.rule](draft, target.logits(target.norm(x)), where, state)
-    verdict = clip(verdict, draft, state)
+    logits = target.logits(target.norm(x))
+    verdict = clip(RULES[state.rule](draft, logits, where, state), draft, state)
+    if state.constraints.has_processors and bool((verdict.next_token < 0).any()):
+        raise ConfigError("a processor forbids every token that could follow; it must leave at least one")
+    logprobs = _logprobs(draft, logits, verdict, state)
     committed = state.commit(draft, verdict, features)
     drafter.observe(state, committed)
-    return _summary(draft, committed, state)
+    return _summary(draft, committed, state, logprobs)
+
+
+def _logprobs(draft: Draft, logits: Tensor, verdict: Verdict, state: State) -> list[list[TokenLogprobs]] | None:
+    """Of what a round is about to emit, from the logits that verified it; None if no row wants any."""
+    wanted = [request.logprobs for request in state.requests]
+    if not any(wanted):
+        return None
+    processed: Tensor | None = None
+    if any(each is not None and not each.raw for each in wanted):
+        processed = state.sampler.scores(logits, state.prefix(draft.tokens, draft.parents))
+    emitted, counts = emitted_tokens(verdict, draft), verdict.length.tolist()
+    found: list[list[TokenLogprobs]] = [[] for _ in wanted]
+    for row, each in enumerate(wanted):
+        if each is not None and counts[row]:
+            source = logits if each.raw or processed is None else processed
+            nodes = verdict.path[row, : counts[row]]
+            found[row] = token_logprobs(source[row, nodes], emitted[row, : counts[row]], each.top)
+    return found
 
 
 def place_draft(draft: Draft, state: State) -> Placement:
@@ -117,11 +157,11 @@ def place_draft(draft: Draft, state: State) -> Placement:
     return draft.where or state.place(draft.tokens.shape[1], None if draft.is_chain else draft.parents)
 
 
-def _summary(draft: Draft, committed: Committed, state: State) -> Round:
+def _summary(draft: Draft, committed: Committed, state: State, logprobs: list[list[TokenLogprobs]] | None) -> Round:
     # What was committed begins with the token that was pending; what is pending now was emitted last.
     rows = zip(committed.text, state.rows, strict=True)
     emitted = [[*text[1:], row.pending] if text else [] for text, row in rows]
-    return Round(emitted, list(committed.drafted), draft.stops)
+    return Round(emitted, list(committed.drafted), draft.stops, logprobs)
 
 
 def collect(rounds: Iterable[Round], rows: int) -> list[list[int]]:

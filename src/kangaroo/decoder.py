@@ -1,8 +1,6 @@
-"""Strings in, pieces of text out: a target, a drafter and a tokenizer in one object."""
+"""Prompts in, answers out: a target, a drafter and a tokenizer in one object."""
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,83 +8,28 @@ import torch
 from transformers import PreTrainedModel
 
 from kangaroo import demo
-from kangaroo.decode import Round, decode, start
-from kangaroo.drafters import FILES, MakeDrafter, find_drafter
+from kangaroo.arguments import Arguments, Processors, Samplings, encode_all
+from kangaroo.completion import Completion
+from kangaroo.constraints import Processor
+from kangaroo.decode import check_request
+from kangaroo.drafters import FILES, OF_ONE_TARGET, DrafterChoice, MakeDrafter, choose_drafter
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.errors import DataError
+from kangaroo.errors import ConfigError, DataError
 from kangaroo.loading import end_tokens, load_model, load_tokenizer
-from kangaroo.machine import synchronise
+from kangaroo.logprobs import Logprobs
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
-from kangaroo.state import Request, State
-from kangaroo.text import Prompt, TextStream, Tokenizer
+from kangaroo.streaming import AnswerStream, BatchStream
+from kangaroo.text import Prompt, Tokenizer
 from kangaroo.threads import set_threads
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Newly readable text."""
-
-    text: str
-    token: int
-    drafted: bool
-    """Whether its token was drafted and accepted; false for the target's own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished answer."""
-
-    text: str
-    tokens: list[int]
-    """Every emitted token, an end-of-sequence token included."""
-    drafted: list[bool]
-    """Which of them were drafted and accepted."""
-    finish_reason: str
-    """"stop" (end of sequence or a stop string) or "length" (max_tokens or the context)."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts and seconds of one call. A round counts once for every row it advanced."""
-
-    rounds: int = 0
-    emitted: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    """Drafted tokens that were emitted."""
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    lengths: list[int] = field(default_factory=list)
-    """Tokens emitted by each row-round, in order."""
-    drafts: list[int] = field(default_factory=list)
-    """Tokens drafted in each row-round, in order."""
-
-    @property
-    def compression_rate(self) -> float:
-        """CR: mean tokens per round, the target's own one included."""
-        return self.emitted / self.rounds if self.rounds else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Emitted tokens over prefill and decoding time, all rows together."""
-        seconds = self.prefill_seconds + self.decode_seconds
-        return self.emitted / seconds if seconds else 0.0
-
-    def add(self, pieces: Sequence[Piece], drafted: int) -> None:
-        """Count one row's round. What a stop string cut off is not among its pieces."""
-        self.rounds += 1
-        self.emitted += len(pieces)
-        self.drafted += drafted
-        self.accepted += sum(piece.drafted for piece in pieces)
-        self.lengths.append(len(pieces))
-        self.drafts.append(drafted)
 
 
 class Decoder:
     """Generates text with one target and one drafter.
 
-    `stats` describes the latest call; while a stream is being read, the call so far.
+    A text is a function of weights, prompt, Sampling and what a processor forbids: it is the same alone and in a batch,
+    streamed and not, with any drafter and with none. One prompt with one Sampling, asked for twice in a call, is the
+    exception that users expect: the second time it takes the next sample index (see `generate`).
     """
 
     def __init__(
@@ -96,147 +39,200 @@ class Decoder:
         tokenizer: Tokenizer,
         eos: Sequence[int],
         files: Mapping[str, str | Path] | None = None,
+        *,
+        drafter: str = "one's own",
+        allow_other_target: bool = False,
     ):
         """`files` are those that came with the model: for drafters whose settings do not name their own."""
         self.target, self.make_drafter, self.tokenizer, self.eos = target, make_drafter, tokenizer, tuple(eos)
-        self.files = dict(files or {})
-        self.stats = Stats()
+        self.files, self.drafter, self.allow_other_target = dict(files or {}), drafter, allow_other_target
 
-    def with_drafter(self, name: str, **settings: Any) -> "Decoder":
-        """The same target with another drafter. Raises ConfigError, AdapterError or DataError."""
-        entry = find_drafter(name)
-        own = {entry.files: self.files[entry.files]} if entry.files in self.files else {}
+    def __repr__(self) -> str:
+        target = self.target
+        kind = f"{target.config.model_type}, {target.num_layers} layers, {str(target.dtype).removeprefix('torch.')}"
+        return f"Decoder({kind} on {target.device}; drafter: {self.drafter})"
+
+    def with_drafter(self, drafter: DrafterChoice, /, **settings: Any) -> "Decoder":
+        """The same target with another drafter: a name, a config, or a function that makes one for a target.
+
+        Raises ConfigError, AdapterError or DataError.
+        """
         given = {key: value for key, value in settings.items() if value is not None}
-        make_drafter = entry.build(self.target, self.tokenizer.wrapped, own | given)
-        return Decoder(self.target, make_drafter, self.tokenizer, self.eos, self.files)
+        choice = choose_drafter(drafter, given)
+        own: dict[str, Any] = {name: self.files[name] for name in choice.files if name in self.files}
+        if self.allow_other_target and OF_ONE_TARGET & set(choice.files):
+            own["allow_other_target"] = True
+        make_drafter = choice.build(self.target, self.tokenizer.wrapped, own | dict(choice.settings))
+        return Decoder(
+            self.target,
+            make_drafter,
+            self.tokenizer,
+            self.eos,
+            self.files,
+            drafter=choice.described,
+            allow_other_target=self.allow_other_target,
+        )
 
     def plain(self) -> "Decoder":
         """The same target without drafting: the baseline, on the same weights and kernels."""
         return self.with_drafter("none")
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 256,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[Piece]:
-        """Text as it becomes readable. Prompts are text taken as it stands, or chat messages.
-
-        Errors in the arguments are raised here, before the first piece is asked for.
-        """
-        text = TextStream(self.tokenizer, stop)
-        state, rounds = self._start([prompt], max_tokens, sampling or Sampling())
-        return self._read(state, rounds, text)
-
-    def _read(self, state: State, rounds: Iterator[Round], text: TextStream) -> Iterator[Piece]:
-        last = -1
-        for done in rounds:
-            read = _push(text, done.emitted[0])
-            self.stats.add(read, done.drafted[0])
-            if text.stopped:
-                state.finish(0)
-            for piece in read:
-                last = piece.token
-                if piece.text:
-                    yield piece
-        if rest := text.flush():
-            yield Piece(rest, last, False)
-
     def generate(
         self,
         prompts: Sequence[Prompt],
         *,
+        sampling: Samplings = None,
+        n: int = 1,
         max_tokens: int = 256,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: Logprobs | int | None = None,
+        processor: Processors = None,
     ) -> list[Completion]:
-        """Complete a batch of prompts together; each gets the text it would get alone.
+        """Complete a batch of prompts together: n answers to each, flat, prompt by prompt.
 
-        Raises DataError for prompts that are none, or a single one outside a list.
+        The i-th answer to a prompt has the index of its Sampling plus i. A pair of prompt and Sampling that occurs
+        again takes the next free indices, so no two answers are the same by accident; pairs that differ get what they
+        would get alone. No answer ends before `min_tokens`, neither at an end nor at a stop string.
+
+        Raises DataError for prompts that are none, or a single one outside a list; ConfigError for other arguments;
+        CapacityError if the batch does not fit in memory.
         """
-        if isinstance(prompts, str):
-            raise DataError(f"prompts must be a list, got the text {prompts[:40]!r}; write generate([prompt])")
-        texts = [TextStream(self.tokenizer, stop) for _ in prompts]
-        state, rounds = self._start(prompts, max_tokens, sampling or Sampling())
-        pieces: list[list[Piece]] = [[] for _ in prompts]
-        for done in rounds:
-            for row, emitted in enumerate(done.emitted):
-                if emitted:
-                    read = _push(texts[row], emitted)
-                    pieces[row] += read
-                    self.stats.add(read, done.drafted[row])
-                    if texts[row].stopped:
-                        state.finish(row)
-        return [self._completion(text, read) for text, read in zip(texts, pieces, strict=True)]
-
-    def _completion(self, text: TextStream, pieces: list[Piece]) -> Completion:
-        rest = text.flush()
-        return Completion(
-            "".join(piece.text for piece in pieces) + rest,
-            [piece.token for piece in pieces],
-            [piece.drafted for piece in pieces],
-            "stop" if text.stopped or pieces[-1].token in self.eos else "length",
+        stream = self.stream_batch(
+            prompts,
+            sampling=sampling,
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            processor=processor,
         )
+        for _ in stream:
+            pass
+        return [completion for completion in stream.completions if completion is not None]
 
-    def _start(self, prompts: Sequence[Prompt], max_tokens: int, sampling: Sampling) -> tuple[State, Iterator[Round]]:
-        requests = [Request(self.tokenizer.encode(prompt), sampling, max_tokens) for prompt in prompts]
-        drafter, self.stats = self.make_drafter(), Stats()
-        began = time.perf_counter()
-        state = start(self.target, drafter, requests, eos=self.eos)
-        synchronise(self.target.device)
-        self.stats.prefill_seconds = time.perf_counter() - began
-        return state, self._timed(decode(self.target, drafter, state), self.stats)
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: Samplings = None,
+        n: int = 1,
+        max_tokens: int = 256,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: Logprobs | int | None = None,
+        processor: Processors = None,
+    ) -> BatchStream:
+        """The same answers as pieces, as they come. Errors in the arguments are raised here, before the first piece."""
+        arguments = Arguments(
+            sampling=sampling,
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            processor=processor,
+        )
+        tokens = encode_all(prompts, self.tokenizer)
+        if not tokens:
+            raise DataError("there are no prompts")
+        requests = [check_request(request, self.target) for request in arguments.requests(tokens)]
+        texts = arguments.texts(self.tokenizer, len(requests))
+        return BatchStream(self.target, self.make_drafter(), requests, texts, self.eos)
 
-    def _timed(self, rounds: Iterator[Round], stats: Stats) -> Iterator[Round]:
-        while True:
-            began = time.perf_counter()
-            done = next(rounds, None)
-            if done is None:
-                return
-            stats.decode_seconds += time.perf_counter() - began
-            yield done
-
-
-def _push(text: TextStream, emitted: list[int]) -> list[Piece]:
-    """A round's tokens as pieces, up to the one that completes a stop string. The last token is the target's own."""
-    pieces = []
-    for place, token in enumerate(emitted, 1):
-        pieces.append(Piece(text.push(token), token, place < len(emitted)))
-        if text.stopped:
-            break
-    return pieces
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int = 256,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: Logprobs | int | None = None,
+        processor: Processor | None = None,
+    ) -> AnswerStream:
+        """One answer as pieces, as they come. Errors in the arguments are raised here, before the first piece."""
+        batch = self.stream_batch(
+            [prompt],
+            sampling=sampling,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            processor=processor,
+        )
+        return AnswerStream(batch)
 
 
 def load(
     model: str | Path | PreTrainedModel,
     *,
-    drafter: str = "kangaroo",
+    drafter: DrafterChoice = "kangaroo",
+    adapter: str | Path | None = None,
     tokenizer: Any = None,
-    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    allow_other_target: bool = False,
     exact: bool = True,
     threads: int | Literal["auto"] | None = None,
     **settings: Any,
 ) -> Decoder:
-    """A Decoder for a model: "demo" (ships with the project), a folder, a hub name, or a model already loaded.
+    """A Decoder for a model: "demo" (SmolLM2-135M-Instruct), a folder, a hub name, or a model already loaded.
 
-    `settings` say where drafters' files lie (adapter, heads, draft_model, datastore: the demo model brings them), and
-    how this one drafts (max_draft, threshold, exit_layer, ...). `dtype` defaults to the checkpoint's on a
-    GPU and to what the CPU runs fastest otherwise. For device maps or quantisation, load the model with transformers
-    and pass it in. `exact=False` gives up the same bits with drafts and without, for what that costs (docs/speed.md).
-    `threads` sets how many torch computes with, in this whole process: a number, or "auto" for what a short trial
-    finds fastest; None leaves that alone.
+    `drafter` is a name in DRAFTERS, a config such as ChainConfig(...), or a function that makes a Drafter for a Target.
+    `settings` say where drafters' files lie (heads, draft_model, datastore: the demo model brings them), and how this
+    one drafts (max_draft, threshold, exit_layer, ...). `allow_other_target` lets an adapter or heads draft for a
+    relative of the model they were trained for: the text stays the target's own, fewer drafts are accepted.
+
+    The model goes on the GPU if there is one. `dtype` defaults to the checkpoint's there and to what a CPU runs fastest
+    otherwise. For device maps or quantisation, load the model with transformers and pass it in. `exact=False` gives up
+    the same bits with drafts and without, for what that costs (docs/speed.md). `threads` sets how many torch computes
+    with, in this whole process: a number, or "auto" for what a short trial finds fastest; None leaves that alone.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
-    find_drafter(drafter)  # a wrong name should not wait for the model to load
-    files = {name: settings.pop(name) for name in FILES if settings.get(name) is not None}
-    if str(model) == "demo":
-        model, files = demo.TARGET, demo.FILES | files
-    loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype)
+    given = {name: value for name, value in settings.items() if value is not None}
+    choose_drafter(drafter, given)  # a mistake should not wait for the model to load
+    files: dict[str, str | Path] = {name: given.pop(name) for name in FILES if name in given}
+    files |= {} if adapter is None else {"adapter": adapter}
+    if str(model) == demo.NAME:
+        files = demo.FILES | files
+    options = {"revision": revision, "attn_implementation": attn_implementation}
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(model, PreTrainedModel):
+        chosen = {"device": device, "dtype": dtype, **options}
+        wrong = next((name for name, value in chosen.items() if value is not None), None)
+        if wrong is not None:
+            raise ConfigError(f"the model is loaded already: {wrong} is for models that are loaded here; leave it out")
+        loaded = model
+    else:
+        loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code, **options)
     set_threads(threads, loaded)
-    tokenizer = Tokenizer(tokenizer or load_tokenizer(loaded.config._name_or_path))
-    target = Target(loaded, exact=exact, pack=loaded is not model)
-    plain = Decoder(target, NoDrafter, tokenizer, end_tokens(loaded), files)
-    return plain.with_drafter(drafter, **settings)
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        name = tokenizer or loaded.config._name_or_path
+        tokenizer = load_tokenizer(name, revision if tokenizer is None else None, trust_remote_code=trust_remote_code)
+    plain = Decoder(
+        Target(loaded, exact=exact, pack=loaded is not model),
+        NoDrafter,
+        Tokenizer(tokenizer),
+        end_tokens(loaded),
+        files,
+        allow_other_target=allow_other_target,
+    )
+    return plain.with_drafter(drafter, **given)

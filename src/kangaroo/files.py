@@ -16,7 +16,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows flushes only what it may write
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -31,3 +31,10 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Likewise, a value as JSON that can be read by people too."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def cache_folder() -> Path:
+    """Where this library keeps what can be made again: $KANGAROO_CACHE, or `kangaroo` in the user's cache folder."""
+    if named := os.environ.get("KANGAROO_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kangaroo"

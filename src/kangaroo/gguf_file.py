@@ -26,10 +26,13 @@ def is_gguf(name: str | Path) -> bool:
     return str(name).endswith(SUFFIX)
 
 
-def load_gguf_model(name: str | Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The causal LM in a GGUF file. Raises ModelError for a file that is missing, damaged or of an unknown kind."""
+def load_gguf_model(name: str | Path, dtype: torch.dtype | None, device: torch.device, **more: Any) -> PreTrainedModel:
+    """The causal LM in a GGUF file; `more` as in `from_pretrained`.
+
+    Raises ModelError for a file that is missing, damaged or of an unknown kind.
+    """
     path = _existing(name)
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, **more}
     if device.type == "cpu":
         options["quantization_config"] = GgufConfig(dequantize=True)
 

@@ -1,24 +1,41 @@
-"""Models and tokenizers from folders, GGUF files and hub names, by transformers' own loaders."""
+"""Models and tokenizers from folders, GGUF files and hub names, or the demo's, by transformers' own loaders."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kangaroo.errors import ModelError
+from kangaroo import demo
+from kangaroo.demo.smollm2 import smollm2
+from kangaroo.errors import ConfigError, ModelError
 from kangaroo.gguf_file import is_gguf, load_gguf_model, load_gguf_tokenizer
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer in a folder or a GGUF file, or of a hub name."""
+
+def load_tokenizer(name: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder or a GGUF file, of a hub name, or of the "demo" model."""
     if is_gguf(name):
         return load_gguf_tokenizer(name)
+    options = {} if revision is None else {"revision": revision}
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(_find(name), trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from None
+
+
+def _find(name: str | Path) -> str | Path:
+    return smollm2() if str(name) == demo.NAME else name
+
+
+def load_config(name: str | Path) -> Any:
+    """The configuration of a model in a folder or of a hub name, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(_find(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -26,18 +43,48 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal LM from a folder, a GGUF file or a hub name, on the GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None and device.type == "cpu":
-        dtype = fastest_cpu_dtype()
+def load_model(
+    name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A causal LM from a folder, a GGUF file or a hub name, or the "demo" model, on the GPU if there is one.
+
+    `options` are those of `from_pretrained`.
+
+    Raises ConfigError for a device or a type that is none, ModelError for what cannot be loaded.
+    """
+    place, kind = choose_device(device), choose_dtype(dtype)
+    if kind is None and place.type == "cpu":
+        kind = fastest_cpu_dtype()
     if is_gguf(name):
-        return load_gguf_model(name, dtype, device).to(device)
+        return load_gguf_model(name, kind, place, **options).to(place)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(_find(name), dtype=kind or "auto", **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
-    return model.to(device)
+    return model.to(place)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device named, or the GPU if there is one. Raises ConfigError for one that this machine has not."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
+        raise ConfigError(f"cannot use device {str(device)!r}: {_first_line(error)}") from None
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type, or the one of that name. Raises ConfigError for others."""
+    kind = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is not None and kind not in DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {str(dtype)!r}")
+    return kind
 
 
 def fastest_cpu_dtype() -> torch.dtype:

@@ -10,14 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from kangaroo import cgroup
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that can still be allocated on a device, what others give back when asked included."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # What torch holds in reserve is not free to the driver, but is to us.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserve
+    free, left = int(psutil.virtual_memory().available), cgroup.memory_left()
+    return free if left is None else min(free, left)
 
 
 def human_bytes(count: float) -> str:
@@ -63,12 +69,13 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, GPUs."""
+    """Processor; cores and memory that this process may use; GPUs."""
+    memory, limit = int(psutil.virtual_memory().total), cgroup.memory_limit()
     return {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": memory if limit is None else min(memory, limit),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 

@@ -158,23 +158,26 @@ class Target:
 
     def attend(self, attention: nn.Module, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """Run an attention module made by `new_attention` on normed states x [B, N, D]."""
-        layer = range(self.num_layers, self.num_layers + 1)
+        own = cast(int, attention.layer_idx)
         # Of a tree, the target's masks are in the order of paths; else they will do.
         way = None if cache is None or where.branches else self._way
-        past = None if cache is None else CacheWindow(cache, where, layer, _extent(where, way))
+        past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
         return attention(x, past_key_values=past, **self._layer_inputs(self._adapter_kind, where, x, way))[0]  # type: ignore[no-any-return]
 
-    def new_attention(self) -> nn.Module:
-        """An untrained attention module of the family's own class that stores K/V as one more layer of the cache."""
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = self.num_layers + 1
+    def new_attention(self, place: int = 0) -> nn.Module:
+        """An untrained attention module of the family's own class that stores K/V as one more layer of the cache.
+
+        `place` counts such layers, from 0, behind the target's own.
+        """
+        config, added = copy.deepcopy(self.config), place + 1
+        config.num_hidden_layers = self.num_layers + added
         if getattr(config, "layer_types", None):
-            config.layer_types = [*config.layer_types, self._adapter_kind]
+            config.layer_types = [*config.layer_types[: self.num_layers], *[self._adapter_kind] * added]
         for rope_switch in ("no_rope_layers", "no_rope_layer_interval"):
             if isinstance(getattr(config, rope_switch, None), list):
-                setattr(config, rope_switch, [*getattr(config, rope_switch), 1])
+                setattr(config, rope_switch, [*getattr(config, rope_switch)[: self.num_layers], *[1] * added])
         family: Any = type(self.layers[0].self_attn)
-        return cast(nn.Module, family(config, layer_idx=self.num_layers))
+        return cast(nn.Module, family(config, layer_idx=self.num_layers + place))
 
     def new_norm(self) -> nn.Module:
         """A copy of the final norm."""
@@ -198,7 +201,8 @@ class Target:
         where = sequence(1, 1, like.device)
         with torch.no_grad():
             attention(x, past_key_values=recorder, **self._layer_inputs(self._adapter_kind, where, x))
-        return recorder.shapes[self.num_layers]
+        (shape,) = recorder.shapes.values()
+        return shape
 
     def new_cache(self, batch: int, slots: int, extra: Sequence[LayerShape] = ()) -> KVCache:
         """Storage for `batch` rows of `slots` tokens, with `extra` layers for a drafter behind the target's own.

@@ -6,7 +6,7 @@ the same code with the noise left out, and comparing texts is a complete test of
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -16,6 +16,28 @@ from torch.nn import functional
 
 from kangaroo.errors import ConfigError
 from kangaroo.tree import ancestors
+
+
+class FrozenBias(Mapping[int, float]):
+    """A mapping that cannot change, so that what holds it can be hashed."""
+
+    def __init__(self, bias: Mapping[int, float]):
+        self._bias = dict(bias)
+
+    def __getitem__(self, token: int) -> float:
+        return self._bias[token]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._bias)
+
+    def __len__(self) -> int:
+        return len(self._bias)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._bias.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +84,7 @@ class Sampling:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
         if any(token < 0 or not bias < math.inf for token, bias in self.logit_bias.items()):
             raise ConfigError("logit_bias must map token ids >= 0 to numbers, or to -inf to forbid a token")
+        object.__setattr__(self, "logit_bias", FrozenBias(self.logit_bias))
 
 
 Columns = Sequence[tuple[int, ...]]
@@ -93,6 +116,8 @@ class Prefix:
     """[B, N] drafted tokens, the pending one first."""
     parents: Tensor
     """[B, N]."""
+    active: Tensor | None = None
+    """[B] bool: rows whose scores anybody reads; None for all."""
 
 
 class Sampler:
@@ -101,6 +126,8 @@ class Sampler:
     def __init__(self, rows: Sequence[Sampling], vocab_size: int, device: torch.device):
         self.vocab_size, self.device = vocab_size, device
         self._rows = list(rows)
+        self.constrain: Callable[[Tensor, Prefix], Tensor] | None = None
+        """What else changes scores, between penalties and temperature (`constraints.py`)."""
         for sampling in rows:
             self._check(sampling)
         self._pack()
@@ -146,6 +173,11 @@ class Sampler:
                     self._bias[i, 0, token] = bias
         self._untouched = self.greedy and not self.penalised and self._bias is None
 
+    @property
+    def plain(self) -> bool:
+        """Whether every row takes the best token, whatever came before."""
+        return self._untouched and self.constrain is None
+
     def scores(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """Logits [B, N, V] after bias, penalties, temperature and filters; what is filtered out is -inf.
 
@@ -158,6 +190,8 @@ class Sampler:
             scores = scores + self._bias.to(kind)
         if self.penalised:
             scores = self._penalise(scores, prefix)
+        if self.constrain is not None:
+            scores = self.constrain(scores, prefix)
         if self.greedy:
             return scores
         scores = scores / self._temperature.to(kind)
@@ -228,7 +262,7 @@ class Sampler:
         known: Columns | None = None,
     ) -> Tensor:
         """The token [B, N] drawn at each node (the Gumbel-max trick); positions as in `perturb`."""
-        if self._untouched:  # a wider type would hold the same numbers in the same order
+        if self.plain:  # a wider type would hold the same numbers in the same order
             return logits.argmax(-1)
         return self.perturb(self.scores(logits, prefix), positions, stream, known).argmax(-1)
 

@@ -7,18 +7,35 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import KVCache
+from kangaroo.constraints import Constraint, Constraints, Processor
 from kangaroo.errors import CapacityError
+from kangaroo.logprobs import Logprobs
 from kangaroo.sampling import Columns, Prefix, Sampler, Sampling
 from kangaroo.tree import Draft, Placement, Verdict, pick, place, place_at, place_chain
+
+NO_TOKEN = -2
+"""Equal to no token of a text, and not to `constraints.NOTHING`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row's work: a prompt, how to sample, and how many tokens to emit at most."""
+    """One row's work: a prompt, how to sample, how many tokens to emit at most, and what else ends or bounds it."""
 
     prompt: Sequence[int]
     sampling: Sampling
     max_tokens: int
+    min_tokens: int = 0
+    """Tokens to emit before any that would end the row."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the row, beside the model's own ends."""
+    ignore_eos: bool = False
+    """Whether the model's own ends are tokens like any other."""
+    processor: Processor | None = None
+    logprobs: Logprobs | None = None
+
+    def ends(self, eos: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end the row, those of the model being `eos`."""
+        return (*self.stop_token_ids, *(() if self.ignore_eos else eos))
 
 
 @dataclass(slots=True)
@@ -75,7 +92,7 @@ class State:
         device, rows = sampler.device, len(requests)
         self.cache, self.sampler, self.rule = cache, sampler, rule
         self.capacity = cache.slots - spare
-        self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
+        self.requests, self._eos = list(requests), tuple(sorted(eos))
         self.tokens = torch.zeros(rows, cache.slots + 1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.ones_like(self.lengths)
@@ -83,6 +100,7 @@ class State:
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rounds = 0
         self.rows = [self._seat(row, request) for row, request in enumerate(requests)]
+        self._constrain()
 
     @torch.inference_mode()
     def assign(self, row: int, request: Request) -> None:
@@ -91,7 +109,9 @@ class State:
         Raises CapacityError if the row is too short for it.
         """
         self.rows[row] = self._seat(row, request)
+        self.requests[row] = request
         self.sampler.replace(row, request.sampling)
+        self._constrain()
 
     def _seat(self, row: int, request: Request) -> Row:
         prompt = [int(token) for token in request.prompt]
@@ -107,6 +127,24 @@ class State:
         self.room[row] = request.max_tokens
         self.active[row] = True
         return Row(prompt, 0, request.max_tokens, True, prompt[-1])
+
+    def _constrain(self) -> None:
+        """Make tensors of what ends the rows and what their requests forbid."""
+        ends, device = [request.ends(self._eos) for request in self.requests], self.sampler.device
+        width = max(map(len, ends))
+        padded = [[*row, *[NO_TOKEN] * (width - len(row))] for row in ends]
+        self.ends = torch.tensor(padded, dtype=torch.int64, device=device)
+        """[B, E] tokens that end each row, padded."""
+        rows = [
+            Constraint(request.min_tokens, own, request.processor)
+            for request, own in zip(self.requests, ends, strict=True)
+        ]
+        self.constraints = Constraints(rows, self.sampler.vocab_size, device)
+        self.sampler.constrain = self.constraints if self.constraints.needed else None
+
+    def is_end(self, tokens: Tensor) -> Tensor:
+        """[B, M] bool: which of the tokens [B, M] end their row."""
+        return (tokens[..., None] == self.ends[:, None]).any(-1)
 
     @torch.inference_mode()
     def finish(self, row: int) -> None:
@@ -143,7 +181,8 @@ class State:
 
     def prefix(self, nodes: Tensor, parents: Tensor) -> Prefix:
         """What the processors of a draft's nodes [B, N] look back at."""
-        return Prefix(self.tokens[:, : self.longest], self.lengths, self.prompt_lengths, nodes, parents)
+        tokens = self.tokens[:, : self.longest]
+        return Prefix(tokens, self.lengths, self.prompt_lengths, nodes, parents, self.active)
 
     def ahead(self, first: int, count: int = 1) -> Columns:
         """The positions `first`, `first` + 1, ... after each row's pending token, as the host knows them."""
@@ -181,7 +220,7 @@ class State:
         self.lengths = self.lengths + verdict.length
         self.tokens.scatter_(1, self.lengths[:, None], verdict.next_token[:, None])
         self.room = self.room - verdict.length
-        ended = torch.isin(verdict.next_token, self.eos)
+        ended = self.is_end(verdict.next_token[:, None])[:, 0]
         self.active = self.active & (self.room > 0) & ~ended
         self.rounds += 1
         text, drafted = self._read(tokens, verdict, draft)

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kangaroo.files import write_json
+from kangaroo.files import cache_folder, write_json
 from kangaroo.machine import device_name, machine, versions
 
 VERSION = 1
@@ -57,10 +55,3 @@ class Verdicts:
             return {}
         kept = table.get("found") if isinstance(table, dict) and table.get("of") == self._of else None
         return kept if isinstance(kept, dict) else {}
-
-
-def cache_folder() -> Path:
-    """Where this library keeps what can be made again: KANGAROO_CACHE, or `kangaroo` in the user's cache folder."""
-    if own := os.environ.get("KANGAROO_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kangaroo"

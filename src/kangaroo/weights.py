@@ -5,8 +5,7 @@ What was trained for one target is useless to another, so nothing is loaded unle
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
 
@@ -23,6 +22,8 @@ from kangaroo.model import Target
 CONFIG = "config.json"
 KINDS = {"adapter.safetensors": "adapter", "heads.safetensors": "Medusa heads"}
 """What each file of weights holds, so that a folder of the wrong kind is recognised."""
+LATER = {"later": True}
+"""Metadata of a config's field that came after the first files: one without it means the field's default."""
 _OF_EVERY_KIND: dict[str, type] = {"width": int, "vocab_size": int, "target_fingerprint": str, "weights_sha256": str}
 
 
@@ -57,36 +58,66 @@ class TrainedWeights(nn.Module):
         write_json(folder / CONFIG, table)
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> Self:
+    def load(cls, folder: Path, target: Target, *, allow_other_target: bool = False) -> Self:
         """Read weights that were trained for this target, in the target's precision.
+
+        With `allow_other_target` those of a relative do as well, a fine-tune's base or a requantised copy: shapes must
+        fit. Drafts are then worse, the text is still the target's own.
 
         Raises AdapterError if files are missing, damaged, of another kind or hold NaN, or belong to another target.
         """
-        own = {field.name: _json_type(get_type_hints(cls.config_kind)[field.name]) for field in fields(cls.config_kind)}
-        table = _read_config(folder, cls.file, own | _OF_EVERY_KIND)
+        hints = get_type_hints(cls.config_kind)
+        own = {field.name: _json_type(hints[field.name]) for field in fields(cls.config_kind)}
+        table = _defaults(cls.config_kind) | _read_config(folder, cls.file)
+        for name, kind in (own | _OF_EVERY_KIND).items():
+            if type(table.get(name)) is not kind:
+                raise AdapterError(f"{folder / CONFIG} is damaged: {name!r} should be of type {kind.__name__}")
         for name, wanted in (("width", target.width), ("vocab_size", target.vocab_size)):
             if table[name] != wanted:
                 raise AdapterError(f"the weights in {folder} have {name} {table[name]}, but the target has {wanted}")
-        if not same_model(table["target_fingerprint"], target.fingerprint, weights_hidden=target.hides_weights):
+        wanted, got = table["target_fingerprint"], target.fingerprint
+        if not allow_other_target and not same_model(wanted, got, weights_hidden=target.hides_weights):
             raise AdapterError(
-                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint "
-                f"{table['target_fingerprint']}, this target has {target.fingerprint}); train for this target with "
-                "`kangaroo train`"
+                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint {wanted}, this target has "
+                f"{got}); train for this target with `kangaroo train`, or, if it is a relative of the other, say "
+                "allow_other_target=True"
             )
         module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
         tensors = _read_weights(folder / cls.file, table["weights_sha256"])
-        missing = module.load_state_dict(tensors, strict=False)
-        if missing.missing_keys or missing.unexpected_keys:
-            names = [*missing.missing_keys, *missing.unexpected_keys]
-            raise AdapterError(f"{folder / cls.file} does not fit its config: {names[0]!r} is missing or unexpected")
+        tensors = module.current_names(tensors)
+        shapes = {name: value.shape for name, value in module.state_dict().items()}
+        for name in sorted(shapes.keys() ^ tensors.keys()):
+            raise AdapterError(f"{folder / cls.file} does not fit its config: {name!r} is missing or unexpected")
+        for name, value in tensors.items():
+            if value.shape != shapes[name]:
+                raise AdapterError(
+                    f"{folder / cls.file} does not fit this target: {name!r} is of shape {tuple(value.shape)}, but "
+                    f"{tuple(shapes[name])} is needed"
+                )
+        module.load_state_dict(tensors)
+        module.check(folder / cls.file)
         return module.to(target.dtype).eval().requires_grad_(False)
+
+    def current_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file by the names they have today."""
+        return tensors
+
+    def check(self, name: object) -> None:
+        """Raise AdapterError, naming where they come from, if weights of the right shapes are still not usable."""
 
 
 def _json_type(annotation: Any) -> type:
     return str if get_origin(annotation) is Literal else annotation
 
 
-def _read_config(folder: Path, file: str, types: Mapping[str, type]) -> dict[str, Any]:
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """Settings that configs from before they existed lack, with the values that they had then."""
+    later = [field for field in fields(kind) if field.metadata.get("later")]
+    assert all(field.default is not MISSING for field in later)
+    return {field.name: field.default for field in later}
+
+
+def _read_config(folder: Path, file: str) -> dict[str, Any]:
     path = folder / CONFIG
     others = [name for name in KINDS if name != file and (folder / name).is_file()]
     if others and not (folder / file).is_file():
@@ -101,9 +132,6 @@ def _read_config(folder: Path, file: str, types: Mapping[str, type]) -> dict[str
         raise AdapterError(f"{path} is damaged: {error}") from None
     if not isinstance(table, dict):
         raise AdapterError(f"{path} is damaged: it should hold one table")
-    for name, kind in types.items():
-        if type(table.get(name)) is not kind:
-            raise AdapterError(f"{path} is damaged: {name!r} should be of type {kind.__name__}")
     return table
 
 

@@ -9,10 +9,9 @@ import torch
 import kangaroo
 from chat_model import save_chat_model
 from kangaroo.bench.asking import WARM_UP, Asker
-from kangaroo.bench.methods import Measured
 from kangaroo.bench.questions import Question
 from kangaroo.bench.recipe import BenchRecipe
-from kangaroo.bench.records import BASELINE
+from kangaroo.bench.records import BASELINE, Measured
 from kangaroo.decoder import Decoder
 from kangaroo.sampling import Sampling
 from kangaroo.toml import parse_table

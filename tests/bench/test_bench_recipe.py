@@ -20,7 +20,7 @@ def parse(**keys: Any) -> BenchRecipe:
 
 def test_the_shipped_recipe_is_valid() -> None:
     recipe = read_bench_recipe(ROOT / "recipes" / "spec-bench.toml", {"questions": "mine.jsonl"})
-    assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "float32", 1, "mine.jsonl")
+    assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "auto", 2, "mine.jsonl")
     assert {"kangaroo", "kangaroo-tree", "early-exit", "transformers"} <= {method.name for method in recipe.methods}
 
 
@@ -52,7 +52,8 @@ def test_every_repeat_is_another_sample_of_the_same_seed() -> None:
         ({"methods": [{"name": "a"}]}, "needs a drafter"),
         ({"methods": [{**METHOD, "kind": "transformers"}]}, 'kind "transformers" has none'),
         ({"methods": [{"name": "a", "drafter": "eagle"}]}, "drafter must be one of .*got 'eagle'"),
-        ({"sampling": {"temperature": 1e-9}}, "temperature must be"),
+        ({"sampling": {"temperature": 1e-9}}, "sampling: temperature must be"),
+        ({"sampling": {"top_p": 2}}, r"sampling: top_p must be in \(0, 1\], got 2"),
         (
             {"sampling": {"temperature": 0.8}, "methods": [{"name": "t", "kind": "transformers"}]},
             "t: transformers draws with noise of its own",

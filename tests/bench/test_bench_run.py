@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kangaroo import drafters
 from kangaroo.bench import run
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.cost import method_costs
+from kangaroo.bench.journal import claim
 from kangaroo.bench.records import BASELINE, RECORDS, read_records
 from kangaroo.bench.report.counting import read_answers
 from kangaroo.bench.report.results import read_run
@@ -251,6 +253,30 @@ def test_one_process_at_a_time(recipe: MakeRecipe) -> None:
             run_bench(settings, limit=1)
 
     run_bench(settings, limit=1, report=again)
+
+
+@FORK
+def test_processes_keep_one_another_out(tmp_path: Path) -> None:
+    """Until the one that holds the folder ends, even if it is killed."""
+    fork = multiprocessing.get_context("fork")
+    holds = fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path, holds))
+    process.start()
+    try:
+        assert holds.wait(60)
+        with pytest.raises(ConfigError, match="another process is writing"), claim(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.join()
+    with claim(tmp_path):
+        pass
+
+
+def hold(folder: Path, holds: Event) -> None:
+    with claim(folder):
+        holds.set()
+        time.sleep(600)
 
 
 def test_no_room_for_a_prompt(recipe: MakeRecipe) -> None:

@@ -32,6 +32,7 @@ from kangaroo.toml import read_table
 from kangaroo.training.recipe import read_recipe
 from kangaroo.training.report import Update
 from kangaroo.training.run import train_beside
+from little_model import TARGET
 
 FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it has forked")
 
@@ -272,7 +273,7 @@ def test_by_rejection_texts_are_their_own_and_are_not_compared(recipe: MakeRecip
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(AutoTokenizer.from_pretrained(demo.TARGET))
+    return Tokenizer(AutoTokenizer.from_pretrained(TARGET))
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +397,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
 
 # What ships.
 
-ROOT = Path(__file__).parents[2] / "recipes" / "experiments"
+ROOT = Path(__file__).parents[2] / "recipes" / "little" / "experiments"
 SHIPPED = sorted(path for path in ROOT.glob("*.toml") if "kind" not in read_table(path))
 
 
@@ -422,7 +423,8 @@ def test_shipped_experiments_are_valid(path: Path, quick: bool, tmp_path: Path) 
     needs_data = "data" in read_table(path).get("training", {})
     changes = {"training.data": [str(tmp_path / "chats.jsonl")]} if needs_data else {}
     recipe = read_bench_recipe(path, {"output": str(tmp_path / "run"), **changes}, quick=quick)
-    assert (recipe.model, recipe.questions, recipe.dtype, recipe.threads) == ("demo", "demo", "float32", 1)
+    assert (recipe.model, recipe.questions) == ("tests/little/target", "demo")
+    assert (recipe.dtype, recipe.threads) == ("float32", 1)
     assert recipe.experiment is not None
     whole = read_bench_recipe(path)
     assert (recipe.limit, recipe.max_tokens) != (whole.limit, whole.max_tokens) or not quick
@@ -430,7 +432,7 @@ def test_shipped_experiments_are_valid(path: Path, quick: bool, tmp_path: Path) 
 
     def parsed(training: Training) -> Path:
         settings = read_recipe(training.recipe, training.changes)
-        assert settings.model_dump()["target"] == "demo"
+        assert settings.model_dump()["target"] == "tests/little/target"
         assert (settings.model_dump()["synthesis"] is None) == needs_data
         steps.append(settings.schedule.steps)
         (training.folder / "best").mkdir(parents=True)

@@ -10,7 +10,6 @@ import torch
 from made_up import record, turn
 from transformers import AutoConfig
 
-from kangaroo import demo
 from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.records import Record, read_records
 from kangaroo.bench.report.bound import bounds
@@ -25,8 +24,9 @@ from kangaroo.bench.report.projection.table import beside_published, projected_s
 from kangaroo.bench.report.projection.trace import Trace
 from kangaroo.bench.report.results import Run, read_run
 from kangaroo.errors import ConfigError, DataError
+from little_model import TARGET
 
-MEASURED = Path(__file__).parents[2] / "results" / "demo-drafters"
+MEASURED = Path(__file__).parents[2] / "results" / "little" / "demo-drafters"
 SIZES = TargetShape(width=2, vocab_size=10, heads=1, key_value_heads=1, head_dim=2, mlp_width=3)
 TOY = Shape(name="toy", layers=4, sizes=SIZES, bytes_per_weight=1, kernels=Kernels(norm=1, attention=3, mlp=2))
 LAYER, ADAPTER, HEAD = 16 + 18 + 4, 16 + 4, 20  # weights: attention, three matrices, norms; attention, norms; 2 · 10
@@ -50,7 +50,7 @@ def trace(records: list[Record]) -> Trace:
 
 
 def demo_pieces(adapter: Any = "full-layer", nodes: int = 7) -> Pieces:
-    shape = shape_of(AutoConfig.from_pretrained(demo.TARGET), torch.float32)
+    shape = shape_of(AutoConfig.from_pretrained(TARGET), torch.float32)
     return make_pieces(shape, 3, adapter, nodes=nodes)
 
 
@@ -104,7 +104,7 @@ def test_devices_share_the_work_and_add_up_their_results() -> None:
 
 def test_free_launches_and_slow_memory_give_the_bound_by_weights(measured: Run, trace: Trace) -> None:
     summary = measured.summaries["kangaroo"][OVERALL]
-    shape = shape_of(AutoConfig.from_pretrained(demo.TARGET), torch.float32)
+    shape = shape_of(AutoConfig.from_pretrained(TARGET), torch.float32)
     got = project(trace, shape, SLOW, 3, "full-layer", 0).value
     assert got == pytest.approx(measured.bounds(summary).weights)
     share = (LAYER + ADAPTER + HEAD) / (4 * LAYER + HEAD)
@@ -212,7 +212,7 @@ def test_our_own_run_is_projected_within_a_tenth(
     costs = measured.costs[method].measured
     assert costs is not None
     machine = fit_hardware("here", demo_pieces(adapter), costs)
-    shape = shape_of(AutoConfig.from_pretrained(demo.TARGET), torch.float32)
+    shape = shape_of(AutoConfig.from_pretrained(TARGET), torch.float32)
     projected = project(Trace.of_method(records, method), shape, machine, 3, adapter)
     found = measured.summaries[method][OVERALL].decode_speedup
     assert found is not None
@@ -282,7 +282,7 @@ def test_machines_and_models_that_cannot_be_are_refused() -> None:
 
 
 def test_shapes_of_configurations() -> None:
-    found = shape_of(AutoConfig.from_pretrained(demo.TARGET), torch.float32, "demo")
+    found = shape_of(AutoConfig.from_pretrained(TARGET), torch.float32, "demo")
     assert (found.name, found.layers, found.bytes_per_weight, found.kernels.layer) == ("demo", 24, 4, 36)
     half = shape_of(AutoConfig.for_model("starcoder2"), torch.bfloat16)
     assert (half.bytes_per_weight, half.gated, half.kernels.layer) == (2, False, 40)

@@ -17,6 +17,7 @@ from kangaroo.bench.report.results import find_mixture, read_runs
 from kangaroo.bench.report.tables import make_tables
 from kangaroo.bench.report.words import facts, lead
 from kangaroo.errors import DataError
+from little_model import TARGET
 
 METHODS = {"kangaroo": 0.75, "early-exit": 0.4}
 COSTS = {"kangaroo": {"draft_share": 0.12}}
@@ -265,10 +266,9 @@ def test_both_counts_are_shown_when_asked_for(tmp_path: Path) -> None:
 
 
 def read_tokens(text: str) -> list[int]:
-    from kangaroo import demo
     from kangaroo.loading import load_tokenizer
 
-    return list(load_tokenizer(demo.TARGET)(text).input_ids)
+    return list(load_tokenizer(TARGET)(text).input_ids)
 
 
 PROBE = """<script>

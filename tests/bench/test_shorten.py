@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from kangaroo import demo
 from kangaroo.bench.shorten import KEPT, fit, without_middle
 from kangaroo.errors import DataError
 from kangaroo.text import Tokenizer
+from little_model import TARGET
 
 PASSAGE = "Begin. " + " ".join(f"The {number}th naïve café is open." for number in range(300)) + " How many are open?"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(AutoTokenizer.from_pretrained(demo.TARGET))
+    return Tokenizer(AutoTokenizer.from_pretrained(TARGET))
 
 
 def user(text: str) -> dict[str, str]:
@@ -67,7 +67,7 @@ def test_characters_are_not_torn(tokenizer: Tokenizer) -> None:
 
 
 def test_without_a_chat_template_there_is_one_plain_turn(tmp_path: Path) -> None:
-    bare = AutoTokenizer.from_pretrained(demo.TARGET)
+    bare = AutoTokenizer.from_pretrained(TARGET)
     bare.chat_template = None
     tokenizer = Tokenizer(bare)
     assert fit([user("Hello there")], tokenizer, 99).tokens == tokenizer.encode("Hello there")

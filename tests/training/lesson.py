@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.training.adapter import AdapterObjective
 from kangaroo.training.batches import Packed
 from kangaroo.training.corpus import choose_documents
 from kangaroo.training.medusa import MedusaObjective
 from kangaroo.training.metrics import METRICS, read_metrics
 from kangaroo.training.recipe import AdapterRecipe, MedusaRecipe, read_recipe
-from kangaroo.training.run import load_target, new_heads, train
+from kangaroo.training.run import begin_adapter, load_target, new_heads, train
 from kangaroo.training.target import train_tokenizer
 from kangaroo.training.target_text import TargetText
 
@@ -188,11 +187,11 @@ def build(run: Lesson, **overrides: Any) -> tuple[AdapterObjective, Packed]:
     """The objective and batches of a run, without running it."""
     recipe = run.settings(**overrides)
     target, tokenizer = load_target(recipe)
-    adapter = Adapter(target, AdapterConfig(exit_layer=recipe.adapter.exit_layer, variant=recipe.adapter.variant))
-    adapter.initialise(recipe.seed, from_target=True)
+    make_objective = begin_adapter(target, recipe)
     training, held_out = choose_documents([run.data], recipe.data, recipe.seed)
     author = TargetText(target, tokenizer, recipe, lambda _: None)
-    return AdapterObjective(target, adapter, author.held_out(held_out), recipe), Packed(author.training(training))
+    corpus = author.training(training)
+    return make_objective(author.held_out(held_out), corpus), Packed(corpus)
 
 
 def build_medusa(run: Lesson, **overrides: Any) -> tuple[MedusaObjective, Packed]:

@@ -12,17 +12,19 @@ import torch
 from lesson import Lesson, build
 from safetensors.torch import load_file
 
-from kangaroo import demo
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
 from kangaroo.errors import AdapterError, CapacityError, ConfigError, ModelError
-from kangaroo.training import for_target, loop
+from kangaroo.loading import end_tokens
+from kangaroo.training import adapter as objective_file
+from kangaroo.training import loop
 from kangaroo.training.adapter import AdapterObjective
 from kangaroo.training.batches import learnt_positions
 from kangaroo.training.estimate import RunEstimate
 from kangaroo.training.report import Update
 from kangaroo.training.run import load_target, new_adapter
 from kangaroo.tree import sequence
+from little_model import ADAPTER, TARGET
 
 MakeLesson = Callable[..., Lesson]
 
@@ -69,12 +71,82 @@ def test_logits_in_pieces_give_the_same_gradients(make_lesson: MakeLesson, monke
     whole = objective.loss(batch)
     whole.total.backward()
     expected = gradients(objective)
-    monkeypatch.setattr(for_target, "LOGITS_AT_ONCE", 7 * objective.target.vocab_size)
+    monkeypatch.setattr(objective_file, "AT_ONCE", 7 * objective.target.vocab_size)
     parts = objective.loss(batch)
     parts.total.backward()
     assert float(parts.total.detach()) == pytest.approx(float(whole.total.detach()), rel=1e-6)
     for name, gradient in gradients(objective).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def naive(objective: AdapterObjective, batch: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss and the sums as they are defined, through autograd, over a draft vocabulary."""
+    vocabulary, mask = objective.adapter.vocabulary, learnt_positions(batch)
+    assert vocabulary is not None
+    draft, final = objective._states(batch, mask)
+    with torch.no_grad():
+        p = objective.target.logits(objective.target.norm(final.states)).softmax(-1)
+    log_q = vocabulary.logits(draft).log_softmax(-1)
+    kept = p[:, vocabulary.tokens]
+    cross_entropy, overlap = -(kept * log_q).sum(), torch.minimum(kept, log_q.exp()).sum()
+    agreed = (p.argmax(-1) == vocabulary.tokens[log_q.argmax(-1)]).sum()
+    sums = {
+        "soft_cross_entropy": cross_entropy,
+        "sum_min": overlap,
+        "agreement": agreed,
+        "lost_mass": (p.sum() - kept.sum()),
+    }
+    return cross_entropy + 0.5 * (len(p) - overlap), {name: float(value) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["run", "kept"])
+def test_loss_over_a_draft_vocabulary(make_lesson: MakeLesson, tmp_path: Path, keep: bool) -> None:
+    """By what is learnt from, the gradient that of the definition, whether the target's states are at hand or not."""
+    states = {"states": str(tmp_path / "states")} if keep else {}
+    objective, packed = build(
+        make_lesson(), adapter__draft_vocabulary=40, adapter__layers=2, loss__acceptance=0.5, **states
+    )
+    corpus, vocabulary = packed.corpus, objective.adapter.vocabulary
+    assert vocabulary is not None
+    counts = torch.bincount(
+        torch.from_numpy(corpus.tokens[corpus.trained].astype("int64")), minlength=objective.target.vocab_size
+    )
+    ends = set(end_tokens(objective.target.model))
+    least = min(int(counts[t]) for t in vocabulary.tokens.tolist() if t not in ends)
+    assert ends <= set(vocabulary.tokens.tolist())
+    assert sum(int(n) > least for n in counts) <= 40
+    batch = packed.batch(0, 2, 64, seed=0)
+    wanted, sums = naive(objective, batch)
+    wanted.backward()
+    expected = gradients(objective)
+    assert len(expected) == 2 * 5 + 1  # norm and four matrices a layer, the last norm
+    for _ in range(2):  # the second time states are read
+        loss = objective.loss(batch)
+        loss.total.backward()
+        assert float(loss.total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+        for name, value in sums.items():
+            assert loss.extra[name] == pytest.approx(value, rel=1e-4, abs=1e-3)
+        assert 0 < loss.extra["lost_mass"] < loss.tokens
+        for name, gradient in gradients(objective).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_draft_vocabulary_is_drafted_over_after_training(make_lesson: MakeLesson, target_folder: Path) -> None:
+    """A run that goes on from a trained adapter keeps its tokens, and its size."""
+    shape = {"adapter__draft_vocabulary": 40, "adapter__layers": 2, "adapter__variant": "full-layer"}
+    run = make_lesson()
+    best = run.train(**shape)
+    target, _ = load_target(run.settings(**shape))
+    trained = Adapter.load(best, target)
+    assert trained.vocabulary is not None
+    more = make_lesson()
+    again = Adapter.load(more.train(**shape, adapter__init=str(best), schedule__steps=1), target)
+    assert again.vocabulary is not None
+    assert torch.equal(again.vocabulary.tokens, trained.vocabulary.tokens)
+    with pytest.raises(ConfigError, match=r"adapter\.draft_vocabulary is 30"):
+        make_lesson().train(**(shape | {"adapter__draft_vocabulary": 30}), adapter__init=str(best))
+    with pytest.raises(ConfigError, match="draft vocabulary"):
+        make_lesson().train(adapter__draft_vocabulary=target.vocab_size + 1)
 
 
 def test_accumulation_is_the_joint_batch(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +250,15 @@ def test_starts_from_exactly_the_weights_of_a_folder(make_lesson: MakeLesson, dt
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     untrained = weights(make_lesson().train(**still))
-    assert not torch.equal(before["attention.q_proj.weight"], untrained["attention.q_proj.weight"])
+    assert not torch.equal(before["layers.0.attention.q_proj.weight"], untrained["layers.0.attention.q_proj.weight"])
 
 
-def test_starts_from_the_demo_adapter(make_lesson: MakeLesson) -> None:
-    shipped = {"target": "demo", "adapter__exit_layer": 1, "adapter__variant": "full-layer", "adapter__init": "demo"}
+def test_starts_from_a_trained_adapter_of_another_run(make_lesson: MakeLesson) -> None:
+    shipped = {"target": str(TARGET), "adapter__exit_layer": 1, "adapter__variant": "full-layer"}
+    shipped |= {"adapter__init": str(ADAPTER)}
     recipe = make_lesson().settings(**shipped)
     adapter = new_adapter(load_target(recipe)[0], recipe)
-    expected = weights(demo.ADAPTER)
+    expected = {n if n == "norm_out.weight" else f"layers.0.{n}": t for n, t in weights(ADAPTER).items()}
     assert all(torch.equal(value, expected[name]) for name, value in adapter.state_dict().items())
     assert all(parameter.requires_grad for parameter in adapter.parameters())
 
@@ -210,7 +283,7 @@ def test_starting_from_no_adapter_is_refused(make_lesson: MakeLesson, tmp_path: 
         (tmp_path, f"no adapter in {tmp_path}"),
         (heads, "no adapter in .* says Medusa heads"),
         ("targt", "no adapter in targt"),
-        ("demo", "width 128, but the target has 32"),
+        (ADAPTER, "width 128, but the target has 32"),
     ]:
         with pytest.raises(AdapterError, match=message):
             run.train(adapter__init=str(init))
@@ -315,8 +388,8 @@ def test_nan_in_the_target_is_refused(make_lesson: MakeLesson, target_folder: Pa
 @pytest.mark.parametrize("at_once", [1 << 20, 1 << 10])
 def test_only_the_loss_has_gradients(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     objective, packed = build(make_lesson(), loss__acceptance=1.0)
-    monkeypatch.setattr(for_target, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(objective_file, "AT_ONCE", at_once)
     batch = packed.batch(0, 1, 64, seed=0)
     compared = objective.compare(*objective._states(batch, learnt_positions(batch)))
     needs = {field.name: getattr(compared, field.name).requires_grad for field in dataclasses.fields(compared)}
-    assert needs == {"loss": True, "cross_entropy": False, "overlap": False, "agreement": False}
+    assert needs == {"loss": True, "cross_entropy": False, "overlap": False, "agreement": False, "lost": False}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kangaroo.documents import Document, read_documents
 from kangaroo.errors import DataError
-from kangaroo.training.batches import Batch, Packed, Stream, learnt_positions, place_documents, visit
+from kangaroo.training.batches import Batch, Joined, Packed, learnt_positions, place_documents, visit
 from kangaroo.training.corpus import Corpus, choose_documents, prompts, render, tokenize
 from kangaroo.training.recipe import DataSection
 
@@ -66,7 +66,7 @@ def test_malformed_rows_are_named(tmp_path: Path, row: str, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9]), ("bad.jsonl", b'{"text": "\xff"}')],
+    [("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-9]), ("bad.jsonl", b'{"text": "\xff"}')],
 )
 def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
@@ -181,14 +181,14 @@ def test_every_block_once_per_epoch(rows: int, blocks: int, seed: int) -> None:
 
 @given(rows=st.integers(1, 3), accumulate=st.integers(1, 4), step=st.integers(0, 9))
 def test_micro_batches_are_the_joint_batch_in_parts(rows: int, accumulate: int, step: int) -> None:
-    stream = Stream(corpus_of([50, 31]))
+    stream = Joined(corpus_of([50, 31]))
     joint = stream.batch(step, rows * accumulate, 8, seed=1).tokens
     parts = [stream.batch(step * accumulate + i, rows, 8, seed=1).tokens for i in range(accumulate)]
     assert torch.equal(joint, torch.cat(parts))
 
 
 def test_stream_reads_every_token_as_the_next_of_another() -> None:
-    stream = Stream(corpus_of([10, 7, 16]))
+    stream = Joined(corpus_of([10, 7, 16]))
     tokens = stream.batch(0, 4, 8, seed=0).tokens
     assert sorted(tokens[:, 1:].flatten().tolist()) == list(range(1, 33))
     with pytest.raises(DataError, match="33 tokens of text are fewer than one sequence of 33"):

@@ -17,7 +17,7 @@ from kangaroo.drafters.medusa.heads import MedusaHeads
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request
-from kangaroo.training import for_target
+from kangaroo.training import objective as objective_file
 from kangaroo.training.batches import Batch, Packed
 from kangaroo.training.estimate import RunEstimate
 from kangaroo.training.evaluation import parallel_rounds
@@ -116,7 +116,7 @@ def test_logits_in_pieces_give_the_same_gradients(make_lesson: MakeLesson, monke
     made: list[int] = []
     real = MedusaHeads.logits
     monkeypatch.setattr(MedusaHeads, "logits", lambda self, i, x: made.append(len(x)) or real(self, i, x))
-    monkeypatch.setattr(for_target, "LOGITS_AT_ONCE", 7 * HEADS * objective.target.vocab_size)
+    monkeypatch.setattr(objective_file, "LOGITS_AT_ONCE", 7 * HEADS * objective.target.vocab_size)
     parts = objective.loss(batch)
     parts.total.backward()
     assert max(made) == 7

@@ -21,7 +21,7 @@ MakeLesson = Callable[..., Lesson]
     [("target", "target"), ("draft-model", "target"), ("adapter", "adapter"), ("medusa", "medusa")],
 )
 def test_shipped_recipes_are_valid(name: str, kind: str) -> None:
-    assert read_recipe(ROOT / "recipes" / f"demo-{name}.toml").kind == kind
+    assert read_recipe(ROOT / "recipes" / "little" / f"{name}.toml").kind == kind
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ def test_a_row_has_its_states_wherever_it_stands(make_lesson: MakeLesson, tmp_pa
     rows, length = kept.recipe.schedule.shape(0)
     batch = batches.batch(0, rows, length, 0)
     mask = learnt_positions(batch)
-    together = kept.kept.at(batch, mask)
+    together = kept.kept.at(batch, mask).states
     layers_run.clear()
-    turned = kept.kept.at(batch[slice(1, None)], mask[1:])
+    turned = kept.kept.at(batch[slice(1, None)], mask[1:]).states
     assert torch.equal(turned, together[int(mask[0].sum()) :])
     assert not layers_run
     # Another text, or the same text with other positions learnt from, has states of its own.
@@ -83,6 +83,25 @@ def test_runs_share_them_but_targets_do_not(make_lesson: MakeLesson, tmp_path: P
     assert {path.name for path in folder.rglob("*.safetensors")} == files
     make_lesson().train(**shared, run__dtype="bfloat16")
     assert {path.name for path in folder.rglob("*.safetensors")} > files
+
+
+def test_a_folder_that_is_full_takes_no_more(make_lesson: MakeLesson, tmp_path: Path, layers_run: Layers) -> None:
+    folder, lesson = tmp_path / "states", make_lesson()
+    free, batches = build(lesson, states=str(folder))
+    rows, length = free.recipe.schedule.shape(0)
+    batch = batches.batch(0, rows, length, 0)
+    wanted = gradients(free, batch)
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) == rows >= 2
+    files[0].unlink()
+    size = sum(path.stat().st_size for path in files[1:])
+    bound, _ = build(lesson, states=str(folder), states_gigabytes=(size + 100) / 1e9)
+    layers_run.clear()
+    for _ in range(2):
+        for a, b in zip(wanted, gradients(bound, batch), strict=True):
+            assert torch.equal(a, b)
+    assert [run for run in layers_run if run[1] == bound.target.num_layers] == [(1, bound.target.num_layers)] * 2
+    assert len(list(folder.rglob("*.safetensors"))) == rows - 1
 
 
 def test_heads_learn_the_same(make_lesson: MakeLesson, tmp_path: Path) -> None:

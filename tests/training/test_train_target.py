@@ -14,6 +14,7 @@ from kangaroo.loading import load_model
 from kangaroo.training import run as running
 from kangaroo.training.run import take_tokenizer
 from kangaroo.training.target import train_tokenizer
+from little_model import TARGET
 
 MakeLesson = Callable[..., Lesson]
 TAKEN = lesson.TARGET.replace("vocab_size = 300", 'tokenizer = "{target}"')
@@ -50,5 +51,5 @@ def test_tokenizers_that_cannot_be_taken(tmp_path: Path) -> None:
         take_tokenizer(str(tmp_path))
 
 
-def test_the_demo_tokenizer() -> None:
-    assert len(take_tokenizer("demo")) == 4096
+def test_an_existing_tokenizer() -> None:
+    assert len(take_tokenizer(str(TARGET))) == 4096

@@ -1,14 +1,14 @@
 """All methods on a few questions, in turn: what is asked, in which order, and how the answers compare."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from kangaroo.bench.check import find_divergence
 from kangaroo.bench.compare import without_end
-from kangaroo.bench.methods import Measured, Method
+from kangaroo.bench.methods import Method
 from kangaroo.bench.questions import Messages, Question
 from kangaroo.bench.recipe import BenchRecipe
-from kangaroo.bench.records import BASELINE, Difference, Record, Turn
+from kangaroo.bench.records import BASELINE, Difference, Measured, Record, Turn
 from kangaroo.bench.shorten import Fitted, bring_to, fit, material_for
 from kangaroo.decoder import Decoder
 from kangaroo.errors import ConfigError
@@ -122,7 +122,7 @@ class Asker:
             prompt_tokens=len(prompt.tokens),
             dropped_tokens=prompt.dropped,
             difference=difference,
-            **asdict(mine.measured),
+            **dict(mine.measured),
         )
 
 

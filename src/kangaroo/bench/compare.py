@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kangaroo.bench.methods import Measured, Method
-from kangaroo.decoder import Completion, Decoder, Stats
+from kangaroo.bench.methods import Method
+from kangaroo.bench.records import Measured
+from kangaroo.completion import Completion, Stats
+from kangaroo.decoder import Decoder
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
 
@@ -87,15 +89,7 @@ def _line(name: str, answers: list[Measured], baseline: list[Measured]) -> Line:
 
 
 def _seconds(answers: list[Measured]) -> float:
-    return statistics.median(answer.prefill + answer.draft + answer.verify + answer.rest for answer in answers)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One decoder's answer to one prompt."""
-
-    completion: Completion
-    stats: Stats
+    return statistics.median(answer.seconds for answer in answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +97,24 @@ class Pair:
     """Baseline and method on one prompt."""
 
     prompt: Prompt
-    baseline: Answer
-    method: Answer
+    baseline: Completion
+    method: Completion
 
     @property
     def identical(self) -> bool:
         """Whether both emitted the same tokens."""
-        return self.baseline.completion.tokens == self.method.completion.tokens
+        return self.baseline.tokens == self.method.tokens
 
     @property
     def repetitive(self) -> bool:
         """Whether the baseline's answer repeats some 4-gram three times; drafting such text is easy."""
-        tokens = self.baseline.completion.tokens
+        tokens = self.baseline.tokens
         grams = Counter(tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3))
         return max(grams.values(), default=0) >= 3
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedRun:
     """All pairs of a run. Speeds are total tokens over total seconds, prefill included."""
 
     pairs: list[Pair]
@@ -166,7 +160,7 @@ class Comparison:
         """Pairs whose answers differ."""
         return [pair for pair in self.pairs if not pair.identical]
 
-    def without_repetitions(self) -> "Comparison":
+    def without_repetitions(self) -> "PairedRun":
         """Only the answers that do not go in circles."""
         return replace(self, pairs=[pair for pair in self.pairs if not pair.repetitive])
 
@@ -184,20 +178,19 @@ def compare(
     max_tokens: int,
     sampling: Sampling,
     report: Callable[[Pair], None] = lambda pair: None,
-) -> Comparison:
+) -> PairedRun:
     """Answer every prompt with both decoders, alone, taking turns at going first; the first prompt warms both up."""
     for decoder in (baseline, method):
         decoder.generate(prompts[:1], max_tokens=max_tokens, sampling=sampling)
     pairs = []
     for place, prompt in enumerate(prompts):
-        answers: dict[str, Answer] = {}
+        answers: dict[str, Completion] = {}
         turns = [("baseline", baseline), ("method", method)]
         for side, decoder in turns if place % 2 == 0 else reversed(turns):
-            completion = decoder.generate([prompt], max_tokens=max_tokens, sampling=sampling)[0]
-            answers[side] = Answer(completion, decoder.stats)
+            answers[side] = decoder.generate([prompt], max_tokens=max_tokens, sampling=sampling)[0]
         pairs.append(Pair(prompt, **answers))
         report(pairs[-1])
-    return Comparison(pairs)
+    return PairedRun(pairs)
 
 
 def without_end(sampling: Sampling, eos: Sequence[int]) -> Sampling:

@@ -78,6 +78,10 @@ def describe(decoder: Decoder) -> dict[str, object]:
     trained = trained_parameters(decoder)
     if isinstance(drafter, SELF_DRAFTING):
         facts |= {"exit_layer": drafter.model.exit_layer, "adapter_parameters": trained}
+        adapter = drafter.model.adapter
+        if adapter is not None:
+            facts |= {"adapter_variant": adapter.config.variant, "adapter_layers": adapter.config.layers}
+            facts["draft_vocabulary"] = adapter.config.draft_vocabulary or target.vocab_size
     if isinstance(drafter, Medusa | MedusaTree):
         facts["head_parameters"] = trained
     if isinstance(drafter, DraftModel):

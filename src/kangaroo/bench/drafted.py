@@ -3,7 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from kangaroo.bench.methods import Measured, finish_reason, forget_peak, peak_bytes
+from kangaroo.bench.methods import finish_reason, forget_peak, peak_bytes
+from kangaroo.bench.records import Measured
 from kangaroo.bench.timed import Timed, TimedTarget
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder

@@ -1,17 +1,21 @@
 """The file of records: appended to block by block, and picked up again after any kind of end."""
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kangaroo.bench.questions import QuestionId
 from kangaroo.bench.records import RECORDS, Record, read_records
 from kangaroo.errors import ConfigError
 from kangaroo.files import write_atomically
+
+LOCK = ".lock"
+"""Stays in a run's folder, empty, when nobody holds it any more."""
 
 
 class Journal:
@@ -21,7 +25,7 @@ class Journal:
         """Of records that a run left behind, those of a question that some method has not answered are dropped."""
         self.path, self._methods = folder / RECORDS, frozenset(methods)
         self.records = self._recover()
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = self.path.open("ab", buffering=0)
 
     def has(self, question: QuestionId, repeat: int) -> bool:
         """Whether every method has answered a question in a repeat."""
@@ -31,15 +35,15 @@ class Journal:
         """Add the answers of all methods to one or more questions; they are on the disk when this returns."""
         data = _lines(records)
         # One write, so that a process that is killed leaves a torn last line at worst.
-        if os.write(self._file, data) < len(data):
+        if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
-        os.fsync(self._file)
+        os.fsync(self._file.fileno())
         self.records += records
         self._done |= _complete(records, self._methods)
 
     def close(self) -> None:
         """Nothing is appended any more."""
-        os.close(self._file)
+        self._file.close()
 
     def _recover(self) -> list[Record]:
         self._done: set[tuple[QuestionId, int]] = set()
@@ -81,16 +85,12 @@ def claim(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{folder} is a file; --output names a folder") from None
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK, timeout=0)  # released when the process ends, however it does
     try:
-        _lock(handle, folder)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another process is writing to {folder}; wait for it, or give a new --output") from None
+    try:
         yield
     finally:
-        os.close(handle)
-
-
-def _lock(handle: int, folder: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it does
-    except BlockingIOError:
-        raise ConfigError(f"another process is writing to {folder}; wait for it, or give a new --output") from None
+        lock.release()

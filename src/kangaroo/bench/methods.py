@@ -1,34 +1,12 @@
 """What a benchmark compares: ways to answer a batch of prompts, each telling where its time went."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from kangaroo.bench.records import Measured
 from kangaroo.sampling import Sampling
-
-
-@dataclass(slots=True, kw_only=True)
-class Measured:
-    """One row's answer. Seconds are those of the batch, divided equally among its rows."""
-
-    tokens: list[int]
-    """Every emitted token, an end-of-sequence token included."""
-    finish_reason: str
-    """"stop" or "length"."""
-    prefill: float
-    draft: float
-    verify: float
-    rest: float
-    emitted: list[int]
-    """Tokens emitted by each round; empty where a method does not tell."""
-    drafted: list[int] = field(default_factory=list)
-    """Tokens drafted in each round; likewise."""
-    stops: list[str] = field(default_factory=list)
-    """Why drafting stopped in each round; likewise."""
-    peak_bytes: int | None = None
-    """Most device memory allocated meanwhile; None on a CPU, which does not tell."""
 
 
 class Method(Protocol):

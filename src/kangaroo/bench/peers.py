@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from kangaroo.bench.methods import Measured, finish_reason, forget_peak, peak_bytes
+from kangaroo.bench.methods import finish_reason, forget_peak, peak_bytes
+from kangaroo.bench.records import Measured
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.draft_model import check_vocabulary
 from kangaroo.drafters.settings import configure

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -11,22 +11,30 @@ from pydantic import ConfigDict, Field, model_validator
 from kangaroo.accept import RULES
 from kangaroo.bench.experiment import NAME, ExperimentSection, TrainingSection, TrainSection, VarySection
 from kangaroo.bench.records import BASELINE
-from kangaroo.drafters import find_drafter
+from kangaroo.drafters import FILES, find_drafter
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
-from kangaroo.toml import Count, Positive, Section, Weight, lay_over, parse_table, read_table
+from kangaroo.toml import Count, Positive, Section, lay_over, parse_table, read_table
 
 
 class SamplingSection(Section):
-    """Of every answer; `sampling.py` has their meaning."""
+    """Of every answer; `sampling.py` has the meaning of its keys, and what they may be."""
 
-    temperature: Weight = 0.0
-    top_k: Positive | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    presence_penalty: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    frequency_penalty: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        try:
+            Sampling(**self.model_dump())
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class MethodSection(Section):
@@ -98,6 +106,9 @@ class BenchRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Precision the model is loaded in; auto is what `kangaroo generate` would choose."""
     seed: Count = 0
+    files: dict[str, str] = Field(default_factory=dict)
+    """What the drafters of a model load, by the name of their setting, where a method names none: adapter, heads,
+    draft_model, datastore. The demo model brings its own."""
     sampling: SamplingSection = SamplingSection()
     methods: tuple[MethodSection, ...] = ()
     """Beside the baseline, plain decoding in the same loop, which is always there and first."""
@@ -125,6 +136,9 @@ class BenchRecipe(Section):
     @model_validator(mode="after")
     def _comparable(self) -> Self:
         self.sampled(0)
+        unknown = [name for name in self.files if name not in FILES]
+        if unknown:
+            raise ValueError(f"no drafter loads {unknown[0]!r}; [files] may name {', '.join(FILES)}")
         twice = [name for name, count in Counter(method.name for method in self.methods).items() if count > 1]
         if twice:
             raise ValueError(f"two methods are called {twice[0]!r}; every method needs a name of its own")

@@ -11,11 +11,11 @@ RECORDS = "records.jsonl"
 BASELINE = "none"
 
 
-class _Row(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Difference(_Row):
+class Difference(_Frozen):
     """Where an answer first departs from the baseline's."""
 
     position: int
@@ -26,15 +26,13 @@ class Difference(_Row):
     """Whether rounding explains it."""
 
 
-class Turn(_Row):
-    """One answer. Times are in seconds, of a device that was waited for; rows of a batch share its seconds equally.
+class Measured(_Frozen):
+    """One row's answer, by one method. Seconds are those of the batch, divided equally among its rows, of a device that
+    was waited for.
 
     transformers' own generate does not tell its phases apart: its time is all `rest`, and it has no `drafted`, `stops`.
     """
 
-    prompt_tokens: int
-    dropped_tokens: int
-    """Prompt tokens left out from the middle because the context would not hold them; not part of prompt_tokens."""
     tokens: list[int]
     """Every emitted token id, an end-of-sequence token included."""
     finish_reason: str
@@ -48,15 +46,12 @@ class Turn(_Row):
     """Everything else in the rounds: acceptance, bookkeeping, detokenisation is not among it."""
     emitted: list[int]
     """Tokens emitted by each round, the target's own one included; sums to len(tokens)."""
-    drafted: list[int]
+    drafted: list[int] = []
     """Tokens drafted in each round."""
-    stops: list[str]
+    stops: list[str] = []
     """Why drafting stopped in each round (tree.Stop values)."""
     peak_bytes: int | None = None
-    """Most device memory allocated during the turn; None where the device does not tell."""
-    difference: Difference | None = None
-    """From the baseline's answer of the same repeat. None if identical, if this is the baseline, or if a difference in
-    an earlier turn had changed the prompt."""
+    """Most device memory allocated meanwhile; None where the device does not tell."""
 
     @property
     def seconds(self) -> float:
@@ -64,7 +59,18 @@ class Turn(_Row):
         return self.prefill + self.draft + self.verify + self.rest
 
 
-class Record(_Row):
+class Turn(Measured):
+    """An answer in its conversation."""
+
+    prompt_tokens: int
+    dropped_tokens: int
+    """Prompt tokens left out from the middle because the context would not hold them; not part of prompt_tokens."""
+    difference: Difference | None = None
+    """From the baseline's answer of the same repeat. None if identical, if this is the baseline, or if a difference in
+    an earlier turn had changed the prompt."""
+
+
+class Record(_Frozen):
     """One method's answer to one question."""
 
     question: int | str

@@ -79,7 +79,8 @@ def load_methods(recipe: BenchRecipe, trained: Mapping[str, Path] | None = None)
     assert not untrained, f"{untrained} must be trained first"
     if recipe.threads is not None:  # before the load, whose trial holds for so many threads only
         torch.set_num_threads(recipe.threads)
-    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype)
+    named: dict[str, Any] = dict(recipe.files)
+    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype, **named)
     drafting = {}
     for method in recipe.methods:
         if method.drafter is not None:

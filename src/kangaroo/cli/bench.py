@@ -26,7 +26,7 @@ def bench(
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="What methods are trained on, instead of the recipe's.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="In minutes, by the recipe's [quick] section.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="In minutes, by the recipe's \\[quick] section.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
 ) -> None:
     """Measure methods side by side on a benchmark's questions. The same command goes on after an interruption.

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from kangaroo import demo
 from kangaroo.cli.options import Json
 from kangaroo.cli.terminal import notes, out, print_json, progress
 from kangaroo.documents import read_documents
@@ -35,7 +34,7 @@ def build(
 ) -> None:
     """Tokenise files as the model reads them, and index every place in them."""
     began = time.perf_counter()
-    tokenizer = load_tokenizer(demo.TARGET if model == "demo" else model)
+    tokenizer = load_tokenizer(model)
     documents = [document for path in files for document in read_documents(path)]
     with progress("tokenising", len(documents), hidden=as_json) as advance:
 

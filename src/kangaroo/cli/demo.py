@@ -1,11 +1,11 @@
-"""`kangaroo demo`: the demo model with Kangaroo and without."""
+"""`kangaroo demo`: a real chat model with Kangaroo and without."""
 
 from typing import Annotated
 
 import typer
 
 from kangaroo.bench.check import Divergence, find_divergence
-from kangaroo.bench.compare import Pair, compare, without_end
+from kangaroo.bench.compare import Pair, compare
 from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, Threads
 from kangaroo.cli.terminal import comparison_facts, print_json, progress, show_comparison, stream_answer
@@ -14,10 +14,10 @@ from kangaroo.sampling import Sampling
 
 
 def demo(
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to answer.")] = 18,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to answer.")] = 12,
     max_tokens: MaxTokens = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    threads: Threads = 1,  # for so small a model a second thread costs more than it brings
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Answer held-out prompts with the demo model, with Kangaroo and without, and compare texts and speed."""
@@ -25,20 +25,18 @@ def demo(
     chosen = interleave_kinds(read_prompts(split="held-out"))[:prompts]
     sampling = Sampling(temperature=temperature, seed=1)
     if not as_json:
-        stream_answer(decoder, chosen[0].messages, max_tokens, sampling)
-    # Ends are barred so that every answer has exactly max_tokens: short answers would measure prefill.
-    measured = without_end(sampling, decoder.eos)
+        stream_answer(decoder.stream(chosen[0].messages, max_tokens=max_tokens, sampling=sampling))
     with progress("with Kangaroo and without, in turn", len(chosen), hidden=as_json) as advance:
         result = compare(
             decoder.plain(),
             decoder,
             [p.messages for p in chosen],
             max_tokens=max_tokens,
-            sampling=measured,
+            sampling=sampling,
             report=lambda _: advance(1),
         )
-    ties = sum(examine(decoder, pair, measured).is_tie for pair in result.differing)
-    facts = comparison_facts(result, decoder, measured) | {"ties": ties}
+    ties = sum(examine(decoder, pair, sampling).is_tie for pair in result.differing)
+    facts = comparison_facts(result, decoder, sampling) | {"ties": ties}
     if as_json:
         print_json(facts)
     else:
@@ -50,5 +48,5 @@ def demo(
 
 def examine(decoder: Decoder, pair: Pair, sampling: Sampling) -> Divergence:
     """How close the call was where a pair's answers part."""
-    expected, got = pair.baseline.completion.tokens, pair.method.completion.tokens
+    expected, got = pair.baseline.tokens, pair.method.tokens
     return find_divergence(decoder, decoder.tokenizer.encode(pair.prompt), expected, got, sampling)

@@ -1,14 +1,14 @@
 """`kangaroo generate`: one prompt, a file of them, or a chat."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kangaroo.cli.options import Drafter, Json, MaxTokens, ModelOptions, with_model_options
 from kangaroo.cli.terminal import completion_facts, notes, print_json, show_batch, stats_facts, stream_answer
+from kangaroo.completion import Completion, Stats
 from kangaroo.decoder import Decoder
 from kangaroo.errors import DataError
 from kangaroo.sampling import Sampling
@@ -32,6 +32,9 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option()] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
+    min_tokens: Annotated[int, typer.Option(help="New tokens at least, whatever would end the answer.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the model's own end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Generate text: one prompt, a file of prompts as a batch, or an interactive chat."""
@@ -45,40 +48,30 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
+    asked: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "min_tokens": min_tokens}
+    asked |= {"stop": stop or (), "ignore_eos": ignore_eos}
     decoder = options.open(drafter)
-    answer_with(decoder, prompt, prompts, Ask(raw, max_tokens, sampling, tuple(stop or ())), as_json)
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """How prompts are to be answered."""
-
-    raw: bool
-    max_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...]
-
-
-def answer_with(decoder: Decoder, prompt: str | None, prompts: Path | None, ask: Ask, as_json: bool) -> None:
-    """Answer one prompt, a file of them, or whatever is typed."""
-    as_prompt = str if ask.raw or not decoder.tokenizer.has_chat_template else as_message
+    as_prompt = str if raw or not decoder.tokenizer.has_chat_template else as_message
     if prompt is None and prompts is None:
-        chat(decoder, ask)
-        return
-    lines = read_lines(prompts) if prompts is not None else [prompt or ""]
-    if not as_json and prompts is None:
-        stream_answer(decoder, as_prompt(lines[0]), ask.max_tokens, ask.sampling, ask.stop)
-        return
-    done = decoder.generate(
-        [as_prompt(line) for line in lines], max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
-    )
-    facts = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
-    if not as_json:
-        show_batch(lines, done, decoder.stats)
-    elif prompts is None:
-        print_json(facts[0] | stats_facts(decoder.stats))
+        chat(decoder, asked)
+    elif prompts is None and samples == 1 and not as_json:
+        stream_answer(decoder.stream(as_prompt(prompt or ""), **asked))
     else:
-        print_json({"answers": facts} | stats_facts(decoder.stats))
+        lines = read_lines(prompts) if prompts is not None else [prompt or ""]
+        done = decoder.generate([as_prompt(line) for line in lines], n=samples, **asked)
+        show([line for line in lines for _ in range(samples)], done, alone=prompts is None, as_json=as_json)
+
+
+def show(prompts: list[str], done: list[Completion], *, alone: bool, as_json: bool) -> None:
+    """Finished answers, one for each prompt; `alone` is how a single one is printed as JSON."""
+    facts = [completion_facts(line, answer) for line, answer in zip(prompts, done, strict=True)]
+    counts = stats_facts(Stats.total(answer.stats for answer in done))
+    if not as_json:
+        show_batch(prompts, done)
+    elif alone and len(facts) == 1:
+        print_json(facts[0] | counts)
+    else:
+        print_json({"answers": facts} | counts)
 
 
 def as_message(text: str) -> Prompt:
@@ -98,7 +91,7 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def chat(decoder: Decoder, ask: Ask) -> None:
+def chat(decoder: Decoder, asked: dict[str, Any]) -> None:
     """A conversation in the terminal, until end of input."""
     if not decoder.tokenizer.has_chat_template:
         raise DataError("this model's tokenizer has no chat template: use --prompt with --raw")
@@ -112,5 +105,5 @@ def chat(decoder: Decoder, ask: Ask) -> None:
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        answer = stream_answer(decoder, messages, ask.max_tokens, ask.sampling, ask.stop)
+        answer = stream_answer(decoder.stream(messages, **asked))
         messages.append({"role": "assistant", "content": answer})

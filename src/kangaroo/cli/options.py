@@ -6,18 +6,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import torch
 import typer
 
 from kangaroo.decoder import Decoder, load
-from kangaroo.drafters import DRAFTERS
+from kangaroo.drafters import DRAFTERS, find_drafter
 from kangaroo.errors import ConfigError
+from kangaroo.loading import DTYPES
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: by a short trial.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 MaxTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 Drafter = Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.")]
-KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,25 +31,38 @@ class ModelOptions:
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A drafter's setting; may be repeated.")
     ] = None
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None
+    allow_other_target: Annotated[
+        bool, typer.Option("--allow-other-target", help="Let weights trained for a relative of the model draft for it.")
+    ] = False
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU if there is one.")] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a model on the hub.")
+    ] = False
     threads: Threads = None
     exact: Annotated[bool, typer.Option(help="The same bits with drafts and without, where this machine can.")] = True
 
     def open(self, drafter: str) -> Decoder:
         """The Decoder; settings that are not given keep the drafter's defaults."""
         check_threads(self.threads)
-        if self.dtype is not None and self.dtype not in KINDS:
-            raise ConfigError(f"--dtype must be one of {', '.join(KINDS)}, got {self.dtype!r}")
-        dtype = KINDS[self.dtype] if self.dtype else None
-        return load(
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        settings = self.parsed_settings
+        find_drafter(drafter)  # a wrong name should not wait for the model to load
+        plain = load(
             self.model,
-            drafter=drafter,
-            dtype=dtype,
+            drafter="none",
+            device=self.device,
+            dtype=self.dtype,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            allow_other_target=self.allow_other_target,
             exact=self.exact,
             threads=self.threads or "auto",
             **self.files,
-            **self.parsed_settings,
         )
+        return plain if drafter == "none" and not settings else plain.with_drafter(drafter, **settings)
 
     def open_all(self) -> tuple[dict[str, Decoder], dict[str, str]]:
         """A Decoder per drafter, on one target; and the drafters that lack what they draft with, with the reason."""
@@ -73,7 +85,7 @@ class ModelOptions:
 
     @property
     def parsed_settings(self) -> dict[str, Any]:
-        """The NAME=VALUE pairs, numbers as numbers."""
+        """The NAME=VALUE pairs, numbers as numbers, true and false as such."""
         pairs = [text.partition("=") for text in self.settings or ()]
         for name, equals, value in pairs:
             if not name or not equals or not value:
@@ -81,7 +93,9 @@ class ModelOptions:
         return {name: _value(text) for name, _, text in pairs}
 
 
-def _value(text: str) -> int | float | str:
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -15,13 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Divergence
-from kangaroo.bench.compare import Comparison, Line
-from kangaroo.decoder import Completion, Decoder, Stats
+from kangaroo.bench.compare import Line, PairedRun
+from kangaroo.completion import Completion, Stats
+from kangaroo.decoder import Decoder
 from kangaroo.machine import human_bytes
 from kangaroo.sampling import Sampling
-from kangaroo.text import Prompt
-from kangaroo.training.estimate import RunEstimate
-from kangaroo.training.report import Update
+from kangaroo.streaming import AnswerStream
+from kangaroo.training.estimate import Plan, RunEstimate
+from kangaroo.training.report import News, TrainingReport
 from kangaroo.trial import Exactness
 
 # A pipe has no width that tables would have to fit into.
@@ -35,26 +36,19 @@ def print_json(facts: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(facts) + "\n")
 
 
-def print_error(message: str) -> None:
-    """One line on standard error."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-
-
 def printable(text: str) -> str:
     """A model's text for a terminal: control characters are shown, not obeyed. Piped text stays as it is."""
     return text.translate(_CONTROL_PICTURES) if out.is_terminal else text
 
 
-def stream_answer(
-    decoder: Decoder, prompt: Prompt, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-) -> str:
-    """Stream an answer: green and underlined where drafted and accepted, plain where the token is the target's own."""
+def stream_answer(stream: AnswerStream) -> str:
+    """Show an answer: green and underlined where drafted and accepted, plain where the token is the target's own."""
     parts = []
-    for piece in decoder.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop):
+    for piece in stream:
         parts.append(piece.text)
         out.print(Text(printable(piece.text), style="green underline" if piece.drafted else ""), end="")
     out.print()
-    stats = decoder.stats
+    stats = stream.stats
     drafted = f"{stats.accepted} of {stats.emitted} tokens drafted" if stats.accepted else f"{stats.emitted} tokens"
     notes.print(
         f"{drafted}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim"
@@ -62,8 +56,9 @@ def stream_answer(
     return "".join(parts)
 
 
-def show_batch(prompts: list[str], done: list[Completion], stats: Stats) -> None:
+def show_batch(prompts: list[str], done: list[Completion]) -> None:
     """Answers of a batch, in order."""
+    stats = Stats.total(answer.stats for answer in done)
     for prompt, answer in zip(prompts, done, strict=True):
         out.print(Text(f"> {prompt}", style="dim"))
         out.print(Text(printable(answer.text) + "\n"))
@@ -72,7 +67,8 @@ def show_batch(prompts: list[str], done: list[Completion], stats: Stats) -> None
 
 def completion_facts(prompt: str, completion: Completion) -> dict[str, Any]:
     """A completion for machines."""
-    return {"prompt": prompt, **asdict(completion)}
+    names = ("text", "tokens", "drafted", "finish_reason", "stopped_by", "prompt_tokens")
+    return {"prompt": prompt, **{name: getattr(completion, name) for name in names}}
 
 
 def stats_facts(stats: Stats) -> dict[str, Any]:
@@ -87,7 +83,7 @@ def stats_facts(stats: Stats) -> dict[str, Any]:
     }
 
 
-def comparison_facts(result: Comparison, decoder: Decoder, sampling: Sampling) -> dict[str, Any]:
+def comparison_facts(result: PairedRun, decoder: Decoder, sampling: Sampling) -> dict[str, Any]:
     """The figures of a comparison, for people and machines alike."""
     varied = result.without_repetitions()
     return {
@@ -102,7 +98,7 @@ def comparison_facts(result: Comparison, decoder: Decoder, sampling: Sampling) -
         "cr_without_repetitions": round(varied.compression_rate, 3) if varied.pairs else None,
         "prompts": len(result.pairs),
         "prompts_without_repetitions": len(varied.pairs),
-        "tokens": sum(len(pair.method.completion.tokens) for pair in result.pairs),
+        "tokens": sum(len(pair.method.tokens) for pair in result.pairs),
         "temperature": sampling.temperature,
         "exactness": asdict(decoder.target.exactness),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
@@ -229,14 +225,16 @@ def countdown(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def training_progress() -> Iterator[Callable[[Update | RunEstimate], None]]:
-    """A bar per stage with throughput and time left; estimates and evaluations are lines above it."""
+def training_progress() -> Iterator[TrainingReport]:
+    """A bar per stage with throughput and time left; plans, estimates and evaluations are lines above it."""
     tasks: dict[str, TaskID] = {}
     with _bar() as bar:
 
-        def show(news: Update | RunEstimate) -> None:
+        def show(news: News) -> None:
             if isinstance(news, RunEstimate):
                 bar.print(_estimate_line(news))
+            elif isinstance(news, Plan):
+                bar.print(_plan_lines(news))
             elif news.stage == "evaluate":
                 shown = "  ".join(f"{k.removeprefix('held_out/')} {v:.4g}" for k, v in news.figures.items())
                 bar.print(shown)
@@ -264,6 +262,20 @@ def _estimate_line(news: RunEstimate) -> str:
     return (
         f"{news.parameters:,} trained parameters; about {human_bytes(news.peak_bytes)} of memory{fits}; "
         f"{news.seconds_per_step:.2f} s a step, {_clock(news.seconds)} in all"
+    )
+
+
+def _plan_lines(plan: Plan) -> str:
+    drafted = f" over {plan.draft_vocabulary:,} tokens" if plan.draft_vocabulary else ""
+    early, trigram = plan.floors.early_exit, plan.floors.trigram
+    return (
+        f"exit behind {plan.exit_layer} of {plan.target_layers} layers; drafting a token{drafted} reads "
+        f"{plan.draft_share:.2f} of a plain step's weights\n"
+        f"{plan.steps:,} steps over {plan.documents:,} documents ({plan.epochs:.1f} times each), "
+        f"{_clock(plan.seconds)} in all\n"
+        f"to beat, in tokens a round: early exit {early.rate:.2f} (agrees {early.agreement:.2f}), "
+        f"a trigram {trigram.rate:.2f} ({trigram.agreement:.2f})\n"
+        "watch simulated_cr: it should pass both within the first evaluations, and grows with every doubling of steps"
     )
 
 

@@ -1,15 +1,11 @@
-"""What ships with the project: a small chat target, what drafts for it, and the evaluation prompts."""
+"""The demo: a real chat model, SmolLM2-135M-Instruct, an adapter for it, and evaluation prompts."""
 
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-TARGET = _HERE / "target"
+NAME = "demo"
+"""What the model is called wherever a folder or a hub name may be given."""
 ADAPTER = _HERE / "adapter"
 PROMPTS = _HERE / "prompts.jsonl"
-FILES: dict[str, str | Path] = {
-    "adapter": ADAPTER,
-    "heads": _HERE / "medusa",
-    "draft_model": _HERE / "draft-model",
-    "datastore": _HERE / "datastore.rest",
-}
-"""What each kind of drafter needs, by the name of its setting."""
+FILES: dict[str, str | Path] = {"adapter": ADAPTER}
+"""What drafters for it load, by the name of their setting."""

@@ -6,7 +6,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.sampling import Stream
 from kangaroo.state import Committed, Row, State
 from kangaroo.tree import Draft, Placement, Stop, chain
@@ -91,12 +93,16 @@ def top_probability(logits: Tensor) -> Tensor:
 
 
 def draft_chain(
-    state: State, limits: Sequence[int], stopping: Stopping, step: Callable[[Tensor, int], Tensor]
+    state: State,
+    limits: Sequence[int],
+    stopping: Stopping,
+    step: Callable[[Tensor, int], Tensor],
+    vocabulary: DraftVocabulary | None = None,
 ) -> Chain:
     """Draft at most `limits` tokens per row, and no more than it has room for.
 
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
-    logits [B, 1, V]. The token after which a row stops stays in the draft.
+    logits [B, 1, V], or [B, 1, n] over a draft vocabulary. The token after which a row stops stays in the draft.
     """
     limits = [max(0, min(most, row.room - 1)) * row.active for most, row in zip(limits, state.rows, strict=True)]
     sure = list(stopping.begin(state)) if any(limits) else [True] * state.batch
@@ -104,7 +110,7 @@ def draft_chain(
     tokens, probs = [state.pending], list[Tensor]()
     while going := [row for row in range(state.batch) if sure[row] and counts[row] == len(tokens) - 1 < limits[row]]:
         logits = step(tokens[-1], len(tokens) - 1)
-        token, q = choose(logits, torch.cat(tokens, 1), state)
+        token, q = choose(logits, torch.cat(tokens, 1), state, vocabulary)
         tokens.append(token)
         probs += [] if q is None else [q]
         for row, goes_on in enumerate(stopping.go_on(logits)):
@@ -131,11 +137,18 @@ def _reason(row: Row, sure: bool, limit: int) -> Stop:
     return Stop.CONFIDENCE if not sure else Stop.ROOM if limit >= row.room - 1 else Stop.LENGTH
 
 
-def choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
+def choose(
+    logits: Tensor, tokens: Tensor, state: State, vocabulary: DraftVocabulary | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(drafted token [B, 1], the distribution [B, 1, V] it was drawn from if by `reject`) from logits [B, 1, V].
 
-    `tokens` [B, N] are the nodes so far, the pending one first.
+    `tokens` [B, N] are the nodes so far, the pending one first. Logits over a draft vocabulary are [B, 1, n].
     """
+    if vocabulary is not None:
+        # What the rest comes to, without the vocabulary's length.
+        if state.rule == "match" and state.sampler.plain:
+            return vocabulary.tokens[logits.argmax(-1)], None
+        logits = vocabulary.spread(logits)
     nodes = tokens.shape[1]
     prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
     if state.rule == "match":
@@ -143,4 +156,8 @@ def choose(logits: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, Tensor
         positions, known = (state.lengths + nodes)[:, None], state.ahead(nodes)
         return state.sampler.draw(logits, prefix, positions, known=known), None
     counters = state.round_counters(nodes)[:, -1:]
-    return state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
+    token, q = state.sampler.draw(logits, prefix, counters, Stream.DRAFT), state.sampler.probs(logits, prefix)
+    if vocabulary is not None:
+        # Where a bias forbids all of it, the token is no draw but certain, and is to be verified as such.
+        q = torch.where(q.isnan(), functional.one_hot(token, q.shape[-1]).to(q.dtype), q)
+    return token, q

@@ -14,9 +14,13 @@ from kangaroo.drafters.kangaroo.calibration import calibrate
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch, learnt_positions, place_documents
 from kangaroo.training.evaluation import HeldOut, Judgement, Sums, chain_rounds
-from kangaroo.training.for_target import LOGITS_AT_ONCE, ForTarget, sum_in_pieces
+from kangaroo.training.for_target import ForTarget
 from kangaroo.training.objective import Loss
-from kangaroo.training.recipe import AdapterRecipe
+from kangaroo.training.recipe import AdapterRecipe, LossSection
+from kangaroo.training.state_cache import Final
+
+AT_ONCE = 1 << 20
+"""Logits made at once, so that a processor's caches hold them while they are read again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +33,13 @@ class Comparison:
     """sum of min(p, q): the chance that a token drawn from q is accepted."""
     agreement: Tensor
     """Positions where both have the same best token."""
+    lost: Tensor
+    """What p gives to tokens outside the draft vocabulary: no draft is accepted there."""
 
     def figures(self) -> dict[str, float]:
         """The sums as numbers, by the names they have in the metrics."""
         return {
+            "lost_mass": float(self.lost),
             "soft_cross_entropy": float(self.cross_entropy),
             "sum_min": float(self.overlap),
             "agreement": float(self.agreement),
@@ -46,6 +53,10 @@ class AdapterObjective(ForTarget):
     h_E(t), and both p and q are about token t + 1. The prompt's last token is such a position, the answer's last is
     not. Positions that are not learnt from, a document's first token above all, are still run: every later position
     attends to them, in the target and in the adapter, from rotary position 0 as in decoding.
+
+    Over a draft vocabulary K the cross-entropy is -sum of p log q over K, p as the target has it: its gradient is that
+    of p renormalised over K times p's mass there, so that a position counts by how much a draft can win. The overlap
+    is that of p with q, which is 0 outside K.
     """
 
     recipe: AdapterRecipe
@@ -75,11 +86,11 @@ class AdapterObjective(ForTarget):
     def activation_bytes(self, rows: int, length: int) -> int:
         """One layer's working set of the target, the adapter's saved states, and logits, in float32."""
         tokens, (layer, attention) = rows * length, self.layer_floats(length)
-        logits = 6 * min(tokens * self.target.vocab_size, LOGITS_AT_ONCE)
+        logits = 6 * AT_ONCE
         return 4 * (tokens * (2 * layer + attention + 12 * self.target.width) + logits)
 
     def draft_logits(self, y: Tensor) -> Tensor:
-        """Adapter states [..., D] -> float32 logits [..., V]."""
+        """Adapter states [..., D] -> float32 logits [..., V], or [..., n] over a draft vocabulary."""
         # The shared head is frozen in the target's precision, the adapter's own is trained in float32.
         return self.adapter.logits(y if self.adapter.head is not None else y.to(self.target.dtype)).float()
 
@@ -90,26 +101,35 @@ class AdapterObjective(ForTarget):
             x, _ = self.target.run(self.target.embed(batch.tokens), where, None, stop=self.adapter.config.exit_layer)
         return self.adapter(x.float(), where)[mask]  # type: ignore[no-any-return]
 
-    def _states(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(adapter states, target states before the final norm) at the marked positions, [M, D] each."""
+    def _states(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Final]:
+        """(adapter states [M, D], what the target makes of them) at the marked positions."""
         where = place_documents(batch)
         exits, final = self.run_target(batch, where, mask, self.adapter.config.exit_layer)
         return self.adapter(exits.float(), where)[mask], final
 
-    def compare(self, draft: Tensor, final: Tensor) -> Comparison:
-        """Compare q and p at positions given by adapter states and target states [M, D]."""
-        return Comparison(*sum_in_pieces(self._compare, self.target.vocab_size, draft, final))
+    def compare(self, draft: Tensor, final: Final) -> Comparison:
+        """Compare q and p at positions given by adapter states [M, D] and the target's."""
+        head = self.adapter.head
+        sums = _InPieces.apply(draft, self, final, *(() if head is None else head.parameters()))  # type: ignore[no-untyped-call]
+        return Comparison(*sums)
 
-    def _compare(self, draft: Tensor, final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights = self.recipe.loss
-        with torch.no_grad():
-            p = self.target.logits(self.target.norm(final)).float().softmax(-1)
-        log_q = self.draft_logits(draft).log_softmax(-1)
-        cross_entropy = -(p * log_q).sum()
-        overlap = torch.minimum(p, (log_q if weights.acceptance else log_q.detach()).exp()).sum()
-        agreement = (p.argmax(-1) == log_q.argmax(-1)).sum().float()
-        loss = weights.soft_cross_entropy * cross_entropy + weights.acceptance * (len(p) - overlap)
-        return loss, cross_entropy.detach(), overlap.detach(), agreement
+    def chances(self, final: Final) -> tuple[Tensor, Tensor]:
+        """(p [M, V], or [M, n] over a draft vocabulary, the most probable token [M]) of the target."""
+        vocabulary = self.adapter.vocabulary
+        if vocabulary is None:
+            p = self.target.logits(self.target.norm(final.states)).float().softmax(-1)
+            return p, p.argmax(-1)
+        if final.normaliser is None or final.best is None:
+            final = final.counted(self.target)
+        assert final.normaliser is not None
+        assert final.best is not None
+        p = (vocabulary.logits(self.target.norm(final.states)).float() - final.normaliser[:, None]).exp()
+        return p, final.best
+
+    def best(self, logits: Tensor) -> Tensor:
+        """Draft logits [..., n] -> the token that would be drafted [...]."""
+        best = logits.argmax(-1)
+        return best if self.adapter.vocabulary is None else self.adapter.vocabulary.tokens[best]
 
     def measure(self, batch: Batch) -> Sums:
         """The comparison's figures over a batch's positions."""
@@ -121,7 +141,7 @@ class AdapterObjective(ForTarget):
         """Per marked token: would it be drafted right, and how sure would the adapter be of what it drafts there?"""
         mask = learnt_positions(batch)
         logits = self.draft_logits(self.draft_states(batch, mask))
-        correct = logits.argmax(-1) == batch.tokens.roll(-1, 1)[mask]
+        correct = self.best(logits) == batch.tokens.roll(-1, 1)[mask]
         return list(zip(correct.tolist(), top_probability(logits).tolist(), strict=True))
 
     def rounds(self, judged: Sequence[Judgement]) -> list[int]:
@@ -130,3 +150,61 @@ class AdapterObjective(ForTarget):
         settings = self.recipe.evaluation
         confident = [value >= settings.threshold for value in confidence]
         return chain_rounds(correct, confident, max_draft=settings.max_draft, room=settings.max_tokens)
+
+
+class _InPieces(torch.autograd.Function):
+    """Comparison's sums over positions, piece by piece; a piece's gradient is taken while its logits are there.
+
+    Inputs: adapter states [M, D] and the trained weights of the adapter's head, if it has one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, draft: Tensor, objective: AdapterObjective, final: Final, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        vocabulary = objective.adapter.vocabulary
+        size = objective.target.vocab_size if vocabulary is None else len(vocabulary.tokens)
+        if vocabulary is not None and final.normaliser is None:
+            final = final.counted(objective.target)
+        sums = torch.zeros(5, device=draft.device)
+        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (draft, *weights)]
+        learning, step = any(ctx.needs_input_grad), max(1, AT_ONCE // size)
+        for begin in range(0, len(draft), step):
+            piece = slice(begin, begin + step)
+            p, best = objective.chances(final[piece])
+            with torch.set_grad_enabled(learning):
+                y = draft[piece].detach().requires_grad_(learning)
+                logits = objective.draft_logits(y)
+            found, slope = _compare(logits.detach(), p, objective.recipe.loss)
+            sums += torch.stack([*found, (objective.best(logits) == best).sum(), len(p) - p.sum()])
+            if learning:
+                own, *shared = torch.autograd.grad(logits, [y, *weights], slope)
+                gradients[0][piece] = own
+                for total, part in zip(gradients[1:], shared, strict=True):
+                    total += part
+        ctx.save_for_backward(*gradients)
+        loss, *figures = (value.clone() for value in sums)
+        ctx.mark_non_differentiable(*figures)
+        return loss, *figures
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        draft, *weights = (gradient * outer[0] for gradient in ctx.saved_tensors)
+        return draft, None, None, *weights
+
+
+def _compare(logits: Tensor, p: Tensor, weights: LossSection) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """((loss, cross-entropy, overlap) summed over positions, the loss's gradient by logits [M, n]).
+
+    By the logits, -sum of p log q has the gradient (sum of p) q - p, and sum of min(p, q), with r = q where q < p and 0
+    elsewhere, r - q * sum of r.
+    """
+    log_q = logits.log_softmax(-1)
+    cross_entropy = -(p * log_q).sum()
+    q = log_q.exp_()
+    overlap = torch.minimum(p, q).sum()
+    loss = weights.soft_cross_entropy * cross_entropy + weights.acceptance * (len(p) - overlap)
+    r = torch.where(q < p, q, 0)
+    scale = weights.soft_cross_entropy * p.sum(-1, keepdim=True) + weights.acceptance * r.sum(-1, keepdim=True)
+    slope = q.mul_(scale).sub_(p, alpha=weights.soft_cross_entropy).sub_(r, alpha=weights.acceptance)
+    return (loss, cross_entropy, overlap), slope

@@ -25,7 +25,7 @@ class Batch:
     """A micro-batch of B rows."""
 
     tokens: Tensor
-    """[B, T] int64; from a `Stream`, one more than the length asked for, so that every input has its next token."""
+    """[B, T] int64; from a `Joined`, one more than the length asked for, so that every input has its next token."""
     trained: Tensor
     """[B, T] bool: tokens whose prediction is learnt from."""
     documents: Tensor | None = None
@@ -51,7 +51,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class Joined:
     """All documents as one row of tokens, cut into blocks wherever they end: every token is used, none is padding."""
 
     corpus: Corpus

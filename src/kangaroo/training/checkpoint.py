@@ -123,6 +123,7 @@ FREE = frozenset(
     {
         "output",  # the folder was moved
         "states",
+        "states_gigabytes",
         "schedule.steps",  # longer or shorter; the decay moves with the end, and what has been learnt stays
         "run.checkpoint_every",
         "run.evaluate_every",

@@ -42,8 +42,43 @@ class RunEstimate:
         return self.training_bytes + self.activation_bytes <= self.available_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What drafting that takes no training would bring on the target's held-out answers."""
+
+    rate: float
+    """Tokens a round, simulated."""
+    agreement: float
+    """The share of tokens that would be drafted right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Floors:
+    """What an adapter has to beat."""
+
+    early_exit: Floor
+    trigram: Floor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is going to do, and what it has to beat."""
+
+    exit_layer: int
+    target_layers: int
+    draft_vocabulary: int
+    """0 for the target's own."""
+    draft_share: float
+    """Weights that drafting a token reads, as a share of those of a plain step."""
+    documents: int
+    steps: int
+    epochs: float
+    seconds: float
+    floors: Floors
+
+
 def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: int) -> RunEstimate:
-    """RunEstimate a run from step `step` on. Runs two micro-batches, whose gradients are thrown away."""
+    """Estimate a run from step `step` on. Runs two micro-batches, whose gradients are thrown away."""
     schedule, parameters = recipe.schedule, objective.parameters()
     count = sum(parameter.numel() for parameter in parameters.values())
     shapes = [schedule.shape(0), schedule.shape(max(0, schedule.steps - 1))]

@@ -1,16 +1,15 @@
 """What objectives for a frozen target have in common."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch
 from kangaroo.training.evaluation import HeldOut, Predictor
 from kangaroo.training.recipe import FrozenTargetRecipe
-from kangaroo.training.state_cache import StateCache
+from kangaroo.training.state_cache import Final, StateCache
 from kangaroo.tree import Placement
 
 
@@ -21,7 +20,10 @@ class ForTarget(Predictor):
 
     def __init__(self, target: Target, held_out: HeldOut, recipe: FrozenTargetRecipe):
         self.target, self.held_out, self.recipe, self.device = target, held_out, recipe, target.device
-        self.kept = None if recipe.states is None else StateCache(recipe.states, target, recipe.run.mixed_precision)
+        self.kept = None
+        if recipe.states is not None:
+            limit = recipe.states_gigabytes * 1e9
+            self.kept = StateCache(recipe.states, target, recipe.run.mixed_precision, limit)
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
         self.evaluation_tokens = held_out.tokens
 
@@ -36,15 +38,15 @@ class ForTarget(Predictor):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.mixed_precision == "bf16")
 
     @torch.no_grad()
-    def run_target(self, batch: Batch, where: Placement, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Tensor]:
-        """(states after `exit_layer` layers [B, T, D], states before the final norm at marked positions [M, D]).
+    def run_target(self, batch: Batch, where: Placement, mask: Tensor, exit_layer: int = 0) -> tuple[Tensor, Final]:
+        """(states after `exit_layer` layers [B, T, D], what the target makes of the M marked positions).
 
         With kept states, layers from the exit on are run only for rows that have none.
         """
         x = self.target.embed(batch.tokens)
         if self.kept is None:
             final, taps = self.target.run(x, where, None, taps=(exit_layer,))
-            return taps[exit_layer], final[mask]
+            return taps[exit_layer], Final(final[mask])
         return self.target.run(x, where, None, stop=exit_layer)[0], self.kept.at(batch, mask)
 
     def layer_floats(self, length: int) -> tuple[int, int]:
@@ -52,22 +54,3 @@ class ForTarget(Predictor):
         config, width = self.target.config, self.target.width
         states = 8 * width + 3 * getattr(config, "intermediate_size", 4 * width)
         return states, 2 * length * getattr(config, "num_attention_heads", 1)
-
-
-LOGITS_AT_ONCE = 1 << 26
-"""Logits held for the backward pass; beyond that they are computed again in pieces."""
-
-Sums = tuple[Tensor, ...]
-
-
-def sum_in_pieces(compute: Callable[..., Sums], logits: int, *columns: Tensor) -> Sums:
-    """`compute(*columns)`, whose results are sums over the positions [M, ...] of the columns.
-
-    `logits` says how many it makes of a position. Gradients are those of one piece.
-    """
-    size = max(1, LOGITS_AT_ONCE // logits)
-    if len(columns[0]) <= size:
-        return compute(*columns)
-    pieces = zip(*(torch.split(column, size) for column in columns), strict=True)
-    sums = [checkpoint(compute, *piece, use_reentrant=False) for piece in pieces]
-    return tuple(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))

@@ -12,8 +12,8 @@ from kangaroo.drafters.medusa.heads import MedusaHeads
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch, learnt_positions, place_documents
 from kangaroo.training.evaluation import HeldOut, Judgement, Sums, parallel_rounds
-from kangaroo.training.for_target import LOGITS_AT_ONCE, ForTarget, sum_in_pieces
-from kangaroo.training.objective import Loss
+from kangaroo.training.for_target import ForTarget
+from kangaroo.training.objective import LOGITS_AT_ONCE, Loss, sum_in_pieces
 from kangaroo.training.recipe import MedusaRecipe
 
 AHEAD = 2
@@ -69,7 +69,7 @@ class MedusaObjective(ForTarget):
     def states(self, batch: Batch, mask: Tensor) -> Tensor:
         """The target's states after the final norm at the marked positions, [M, D] in float32."""
         with torch.no_grad():
-            return self.target.norm(self.run_target(batch, place_documents(batch), mask)[1]).float()
+            return self.target.norm(self.run_target(batch, place_documents(batch), mask)[1].states).float()
 
     def _compare(self, batch: Batch, wanted: Tensor) -> tuple[Tensor, ...]:
         """Sums over the batch: losses [H] in nats, right predictions [H], tokens confirmed []."""

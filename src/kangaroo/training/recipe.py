@@ -116,8 +116,12 @@ class AdapterSection(Section):
     exit_layer: Count
     """Layers of the target that run before the adapter."""
     variant: Literal["kangaroo", "own-head", "full-layer", "mlp-only"] = "kangaroo"
+    layers: Positive = 1
+    """Trained layers, one behind the other; the paper has one."""
+    draft_vocabulary: Count = 0
+    """Draft over so many tokens, the most frequent of those learnt from; 0 for all of the target's."""
     init: str = "target"
-    """Start from the attention and norm of the target's own layer at the exit ("target"), from noise ("random"), or
+    """Start from what fits of the target's own layers from the exit on ("target"), from noise ("random"), or
     from a trained adapter: "demo", or its folder."""
 
 
@@ -226,6 +230,8 @@ class FrozenTargetRecipe(Recipe):
     states: Path | None = None
     """A folder to keep the target's last states in, where a row of text that comes again, in a later epoch or another
     run, finds them: the deep layers are not run for it. Width x bytes of the dtype for every token learnt from."""
+    states_gigabytes: Annotated[float, Field(gt=0)] = 20.0
+    """How much that folder may hold; the deep layers are run for what no longer fits, each time."""
     evaluation: EvaluationSection = EvaluationSection()
     regenerate: RegenerateSection | None = None
     synthesis: SynthesisSection | None = None

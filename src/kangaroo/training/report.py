@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kangaroo.training.estimate import RunEstimate
+from kangaroo.training.estimate import Plan, RunEstimate
 
 Stage = Literal["ask", "reply", "write", "answer", "regenerate", "train", "evaluate"]
 
@@ -28,7 +28,8 @@ class Update:
     """The row just recorded in the metrics file, if one was."""
 
 
-TrainingReport = Callable[[Update | RunEstimate], None]
+News = Update | RunEstimate | Plan
+TrainingReport = Callable[[News], None]
 
 
 class Clock:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kangaroo import demo
+from kangaroo.drafters.draft_vocabulary import count_tokens
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.drafters.medusa.heads import MedusaConfig, MedusaHeads
 from kangaroo.errors import ConfigError
@@ -17,9 +18,9 @@ from kangaroo.files import write_atomically
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.training.adapter import AdapterObjective
-from kangaroo.training.batches import Packed, Stream
+from kangaroo.training.batches import Joined, Packed
 from kangaroo.training.checkpoint import STATE, find_progress
-from kangaroo.training.corpus import Given, choose_documents, hash_files, tokenize
+from kangaroo.training.corpus import Corpus, Given, choose_documents, hash_files, tokenize
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.loop import Trainer
 from kangaroo.training.medusa import MedusaObjective
@@ -29,6 +30,9 @@ from kangaroo.training.report import TrainingReport
 from kangaroo.training.synthesis import SYNTHESISED, Synthesis
 from kangaroo.training.target import NextToken, build_model, train_tokenizer
 from kangaroo.training.target_text import REGENERATED, WRITTEN, TargetText
+
+FRESH = ("target", "random")
+"""Starts that are no trained adapter."""
 
 
 def train(
@@ -97,7 +101,7 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
         texts = (" ".join(m["content"] for m in d.messages) if d.messages else d.text for d in training)
         tokenizer = train_tokenizer(texts, recipe.model.vocab_size, recipe.model.context)
     learnt, kept = (
-        Stream(tokenize(part, tokenizer, assistant_only=recipe.data.assistant_only)) for part in (training, held_out)
+        Joined(tokenize(part, tokenizer, assistant_only=recipe.data.assistant_only)) for part in (training, held_out)
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
@@ -106,7 +110,7 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
 
 def take_tokenizer(name: str) -> Any:
     """The tokenizer of "demo", a folder or a hub name. Raises ModelError or ConfigError."""
-    tokenizer = load_tokenizer(demo.TARGET if name == "demo" else name)
+    tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name} has no tokenizer.json, which model.tokenizer needs")
     return tokenizer
@@ -130,27 +134,40 @@ def train_for_target(
             f"sequences of {recipe.schedule.longest} tokens exceed the target's context of {target.context} "
             "(schedule.sequence_length)"
         )
-    make_objective = _new_objective(target, recipe)
+    # The weights are made at once, so that what cannot be is refused before the target writes anything.
+    make_objective: Callable[[HeldOut, Corpus], Objective]
+    make_objective = (
+        begin_adapter(target, recipe) if isinstance(recipe, AdapterRecipe) else begin_medusa(target, recipe)
+    )
     source = given or Synthesis(target, tokenizer, recipe, report)
     progress = find_progress(recipe, {"data": source.digest, "target": target.fingerprint}, resume=resume)
     training, held_out = choose_documents(source.files(), recipe.data, recipe.seed)
     author = TargetText(target, tokenizer, recipe, report)
-    objective = make_objective(author.held_out(held_out))
-    return Trainer(objective, Packed(author.training(training)), recipe, progress).fit(report)
+    kept, learnt = author.held_out(held_out), author.training(training)
+    return Trainer(make_objective(kept, learnt), Packed(learnt), recipe, progress).fit(report)
 
 
-def _new_objective(target: Target, recipe: AdapterRecipe | MedusaRecipe) -> Callable[[HeldOut], Objective]:
-    # The weights are made at once, so that what cannot be is refused before the target writes anything.
-    if isinstance(recipe, AdapterRecipe):
-        adapter = new_adapter(target, recipe)
-        return lambda held_out: AdapterObjective(target, adapter, held_out, recipe)
+def begin_adapter(target: Target, recipe: AdapterRecipe) -> Callable[[HeldOut, Corpus], AdapterObjective]:
+    """The adapter, and its objective when there is text: a draft vocabulary is chosen by what is learnt from."""
+    adapter = new_adapter(target, recipe)
+
+    def make_objective(held_out: HeldOut, learnt: Corpus) -> AdapterObjective:
+        if adapter.vocabulary is not None and recipe.adapter.init in FRESH:
+            adapter.vocabulary.choose(count_tokens(learnt.tokens[learnt.trained], target.vocab_size))
+        return AdapterObjective(target, adapter, held_out, recipe)
+
+    return make_objective
+
+
+def begin_medusa(target: Target, recipe: MedusaRecipe) -> Callable[[HeldOut, Corpus], MedusaObjective]:
+    """The heads, and their objective when there is text."""
     heads = new_heads(target, recipe)
-    return lambda held_out: MedusaObjective(target, heads, held_out, recipe)
+    return lambda held_out, _: MedusaObjective(target, heads, held_out, recipe)
 
 
 def load_target(recipe: FrozenTargetRecipe) -> tuple[Target, Any]:
     """The frozen target and its tokenizer. Raises ModelError if they cannot be loaded."""
-    name = str(demo.TARGET) if recipe.target == "demo" else recipe.target
+    name = recipe.target
     dtype = None if recipe.run.dtype == "auto" else getattr(torch, recipe.run.dtype)
     if dtype is None and not torch.cuda.is_available():
         dtype = torch.float32
@@ -167,12 +184,14 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
     config = AdapterConfig(
         exit_layer=recipe.adapter.exit_layer,
         variant=recipe.adapter.variant,
+        layers=recipe.adapter.layers,
+        draft_vocabulary=recipe.adapter.draft_vocabulary,
         max_draft=recipe.evaluation.max_draft,
         threshold=recipe.evaluation.threshold,
     )
     adapter = Adapter(target, config)
     init = recipe.adapter.init
-    if init in ("target", "random"):
+    if init in FRESH:
         adapter.initialise(recipe.seed, from_target=init == "target")
     else:
         _take_over(adapter, demo.ADAPTER if init == "demo" else Path(init))
@@ -181,7 +200,7 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
 
 def _take_over(adapter: Adapter, folder: Path) -> None:
     trained = Adapter.load(folder, adapter.target)
-    for name in ("exit_layer", "variant"):
+    for name in ("exit_layer", "variant", "layers", "draft_vocabulary"):
         wanted, found = getattr(adapter.config, name), getattr(trained.config, name)
         if wanted != found:
             raise ConfigError(
@@ -189,7 +208,7 @@ def _take_over(adapter: Adapter, folder: Path) -> None:
                 'or start from the target (adapter.init = "target")'
             )
     # From the file once more: what was loaded has the target's precision, which may be lower than that of training.
-    adapter.load_state_dict(load_file(folder / Adapter.file))
+    adapter.load_state_dict(adapter.current_names(load_file(folder / Adapter.file)))
 
 
 def new_heads(target: Target, recipe: MedusaRecipe) -> MedusaHeads:

@@ -5,6 +5,9 @@ by all that its states depend on, so any number of runs may use one folder, and 
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,34 +19,78 @@ from kangaroo.errors import CapacityError, DataError
 from kangaroo.files import write_atomically
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch, place_documents
+from kangaroo.training.objective import LOGITS_AT_ONCE
+
+LAYOUT = b"states, normaliser, best"
+"""What a file holds; files of another layout are not found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What the target makes of M positions."""
+
+    states: Tensor
+    """[M, D] before its final norm."""
+    normaliser: Tensor | None = None
+    """[M] float32, the logarithm of the sum over all tokens of exp(logit): the chance of some tokens needs no others'
+    logits. None where nobody has counted it yet."""
+    best: Tensor | None = None
+    """[M] the most probable token; likewise."""
+
+    def __getitem__(self, some: slice) -> "Final":
+        """Some of the positions."""
+        if self.normaliser is None or self.best is None:
+            return Final(self.states[some])
+        return Final(self.states[some], self.normaliser[some], self.best[some])
+
+    @classmethod
+    def join(cls, parts: Sequence["Final"]) -> "Final":
+        """Positions one after another, of parts that have all been counted."""
+        columns = [[getattr(part, name) for part in parts] for name in ("states", "normaliser", "best")]
+        return cls(*(torch.cat(column) for column in columns))
+
+    @torch.no_grad()
+    def counted(self, target: Target) -> "Final":
+        """The same with normaliser and best."""
+        sums, best = [], []
+        for states in torch.split(self.states, max(1, LOGITS_AT_ONCE // target.vocab_size)):
+            logits = target.logits(target.norm(states)).float()
+            sums.append(logits.logsumexp(-1))
+            best.append(logits.argmax(-1))
+        none = self.states.new_zeros(0)
+        return Final(self.states, torch.cat(sums or [none.float()]), torch.cat(best or [none.long()]))
 
 
 class StateCache:
-    """The target's states before its final norm, by rows."""
+    """What the target makes of rows of text, kept until the folder is full; what came later is computed each time."""
 
-    def __init__(self, folder: Path, target: Target, mixed_precision: str):
+    def __init__(self, folder: Path, target: Target, mixed_precision: str, limit: float = math.inf):
+        """`limit` is how many bytes the folder may hold, other runs' files among them."""
         self.folder, self.target = folder, target
-        self.computed_by = f"{target.fingerprint} {target.dtype} {target.device.type} {mixed_precision}".encode()
+        self._room = limit - sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        self.computed_by = (
+            LAYOUT + f"{target.fingerprint} {target.dtype} {target.device.type} {mixed_precision}".encode()
+        )
 
-    def at(self, batch: Batch, mask: Tensor) -> Tensor:
-        """[M, D] at the M positions that the mask [B, T] marks, row by row.
+    def at(self, batch: Batch, mask: Tensor) -> Final:
+        """Those of the M positions that the mask [B, T] marks, row by row.
 
         A row is always computed alone, so that its states do not depend on the rows it first came with.
 
         Raises CapacityError if states cannot be written, DataError if a file cannot be read.
         """
         rows = range(len(mask))
-        return torch.cat([self._row(batch[i : i + 1], mask[i : i + 1]) for i in rows]).to(self.target.device)
+        return Final.join([self._row(batch[i : i + 1], mask[i : i + 1]) for i in rows])
 
-    def _row(self, row: Batch, mask: Tensor) -> Tensor:
+    def _row(self, row: Batch, mask: Tensor) -> Final:
         path = self._path(row, mask)
         if path.is_file():
             return self._read(path)
         with torch.no_grad():
             x, _ = self.target.run(self.target.embed(row.tokens), place_documents(row), None)
-        states = x[mask].contiguous()
-        self._write(path, states)
-        return states
+        final = Final(x[mask].contiguous()).counted(self.target)
+        self._write(path, final)
+        return final
 
     def _path(self, row: Batch, mask: Tensor) -> Path:
         assert row.documents is not None
@@ -53,15 +100,22 @@ class StateCache:
         name = content.hexdigest()
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
-    def _read(self, path: Path) -> Tensor:
+    def _read(self, path: Path) -> Final:
         try:
-            return load_file(path)["states"]
-        except (OSError, SafetensorError) as error:
+            return Final(**load_file(path, device=str(self.target.device)))
+        except (OSError, SafetensorError, TypeError) as error:
             raise DataError(f"cannot read the target's states in {path}: {error}. Delete the file") from None
 
-    def _write(self, path: Path, states: Tensor) -> None:
+    def _write(self, path: Path, final: Final) -> None:
+        assert final.normaliser is not None
+        assert final.best is not None
+        tensors = {"states": final.states, "normaliser": final.normaliser, "best": final.best}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > self._room:
+            return
+        self._room -= size
         try:
-            write_atomically(path, lambda part: save_file({"states": states}, part))
+            write_atomically(path, lambda part: save_file(tensors, part))
         except (OSError, SafetensorError) as error:
             raise CapacityError(
                 f"cannot keep the target's states in {self.folder}: {error}. Make room, or drop the recipe's states"

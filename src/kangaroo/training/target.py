@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kangaroo.training.batches import Batch, Stream
+from kangaroo.training.batches import Batch, Joined
 from kangaroo.training.objective import Loss
 from kangaroo.training.recipe import ModelSection, RunSection
 
@@ -46,7 +46,7 @@ class NextToken:
 
     frozen_bytes = 0
 
-    def __init__(self, model: Any, tokenizer: Any, held_out: Stream, run: RunSection):
+    def __init__(self, model: Any, tokenizer: Any, held_out: Joined, run: RunSection):
         self.model, self.tokenizer, self.held_out, self.run = model, tokenizer, held_out, run
         self.device: torch.device = model.device
         held_out_tokens = len(held_out.corpus.tokens) - 1

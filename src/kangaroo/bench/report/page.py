@@ -32,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class Chapter:
     """One run, or one experiment."""
 
     name: str
@@ -66,10 +66,10 @@ def to_page(runs: Sequence[Run], mixture: str | None, experiments: Sequence[Expe
     )
 
 
-def _about(experiment: Experiment, prefix: str) -> Section:
+def _about(experiment: Experiment, prefix: str) -> Chapter:
     first, *others = _experiment_tables(experiment)
     parts = [Part(first, [experiment_plot(experiment, prefix)]), *(Part(table, []) for table in others)]
-    return Section(experiment.about.title, experiment.about.note, parts, [])
+    return Chapter(experiment.about.title, experiment.about.note, parts, [])
 
 
 def _experiment_tables(experiment: Experiment) -> list[Table]:
@@ -78,10 +78,10 @@ def _experiment_tables(experiment: Experiment) -> list[Table]:
     return [experiment_table(experiment), *projections]
 
 
-def _section(run: Run, prefix: str) -> Section:
+def _section(run: Run, prefix: str) -> Chapter:
     plots = make_plots(run, prefix)
     parts = [Part(table, plots.get(table.key, [])) for table in make_tables(run)]
-    return Section(run.name, lead(run), parts, facts(run.provenance))
+    return Chapter(run.name, lead(run), parts, facts(run.provenance))
 
 
 def to_document(runs: Sequence[Run], mixture: str | None, experiments: Sequence[Experiment] = ()) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from kangaroo import demo
 from kangaroo.bench.answers import ANSWERS
 from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.provenance import PROVENANCE
@@ -131,7 +130,7 @@ def count_answers(folder: Path, grid: Grid, model: str) -> dict[str, dict[str, B
 
     Raises DataError if the files do not answer the questions of the records.
     """
-    tokenizer = load_tokenizer(demo.TARGET if model == "demo" else model)
+    tokenizer = load_tokenizer(model)
     rows = {method: _answers(folder / ANSWERS / f"{method}.jsonl", grid) for method in grid.methods}
     plain = rows.pop(BASELINE)
 

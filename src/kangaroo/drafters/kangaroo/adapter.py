@@ -1,12 +1,13 @@
-"""The Kangaroo adapter: one attention layer between the target's exit layer and the target's own head.
+"""The Kangaroo adapter: attention layers between the target's exit layer and the target's own head.
 
     z = x + W_o . MHA(norm_in(x)),  out = norm_out(z)          (Liu et al. 2024, section 3.1)
 
 No feed-forward network and no second norm; x is the un-normed state after E layers. The variants of the paper's
-ablation (table 2) add a head of their own, add a feed-forward network, or replace the attention by one.
+ablation (table 2) add a head of their own, add a feed-forward network, or replace the attention by one. The paper has
+one such layer; several stand one behind the other, and share the last norm and the head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kangaroo.cache import KVCache, LayerShape
+from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.tree import Placement
-from kangaroo.weights import TrainedWeights
+from kangaroo.weights import LATER, TrainedWeights
 
 Variant = Literal["kangaroo", "own-head", "full-layer", "mlp-only"]
 
@@ -28,6 +30,10 @@ class AdapterConfig:
 
     exit_layer: int
     variant: Variant = "kangaroo"
+    layers: int = field(default=1, metadata=LATER)
+    """Trained layers, one behind the other."""
+    draft_vocabulary: int = field(default=0, metadata=LATER)
+    """Draft over so many tokens; 0 for all of the target's."""
     max_draft: int = 6
     """The chain's length it was evaluated with (the paper's gamma)."""
     threshold: float = 0.6
@@ -36,12 +42,18 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ConfigError(f"adapter variant must be one of {', '.join(get_args(Variant))}, got {self.variant!r}")
+        if self.layers < 1:
+            raise ConfigError(f"an adapter has at least 1 layer, got {self.layers}")
+        if self.draft_vocabulary < 0:
+            raise ConfigError(f"draft_vocabulary is a number of tokens, or 0 for all, got {self.draft_vocabulary}")
+        if self.draft_vocabulary and self.variant == "own-head":
+            raise ConfigError("an adapter with a head of its own drafts over all tokens; drop draft_vocabulary")
 
 
 class Adapter(TrainedWeights):
     """Weights of the self-draft model that are not the target's.
 
-    Raises ConfigError if the exit layer is not one of the target's.
+    Raises ConfigError if the exit layer is not one of the target's, or its draft vocabulary does not fit.
     """
 
     file, config_kind = "adapter.safetensors", AdapterConfig
@@ -50,22 +62,20 @@ class Adapter(TrainedWeights):
     def __init__(self, target: Target, config: AdapterConfig):
         super().__init__(target, config)
         check_exit_layer(config.exit_layer, target)
-        self.norm_in, self.norm_out = target.new_norm(), target.new_norm()
-        self.attention = None if config.variant == "mlp-only" else target.new_attention()
-        self.mlp: FeedForward | None = None
-        if config.variant in ("full-layer", "mlp-only"):
-            self.mlp = FeedForward(target.width, int(target.config.intermediate_size))
-        self.norm_mid = target.new_norm() if config.variant == "full-layer" else None
+        self.layers = nn.ModuleList(AdapterLayer(target, config.variant, place) for place in range(config.layers))
+        self.norm_out = target.new_norm()
         self.head = nn.Linear(target.width, target.vocab_size, bias=False) if config.variant == "own-head" else None
+        self.vocabulary = DraftVocabulary(target, config.draft_vocabulary) if config.draft_vocabulary else None
         self.float().to(target.device).requires_grad_(True)
 
     def initialise(self, seed: int, *, from_target: bool) -> None:
-        """Random weights (norms at one, the target's head), or those of the target's layer at the exit where they fit.
+        """Random weights (norms at one, the target's head), or those of the target's layers from the exit on.
 
-        Raises ConfigError if a full layer is to be copied from a target whose feed-forward network is not Llama-like.
+        Raises ConfigError if a full layer is to be copied from a target whose feed-forward network is not Llama-like,
+        or if the target has too few layers.
         """
         torch.manual_seed(seed)
-        target = self.target
+        target, first = self.target, self.config.exit_layer
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -76,32 +86,77 @@ class Adapter(TrainedWeights):
         self.norm_out.load_state_dict(target.new_norm().state_dict())
         if self.head is not None:
             self.head.weight.data.copy_(target.head.weight)  # type: ignore[arg-type]
-        if from_target and self.attention is not None:
-            layer = target.layers[self.config.exit_layer]
-            self.attention.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]
-            if hasattr(layer, "input_layernorm"):
-                self.norm_in.load_state_dict(layer.input_layernorm.state_dict())  # type: ignore[union-attr]
-            if self.mlp is not None and self.norm_mid is not None:
-                self.mlp.copy_from(layer.mlp)  # type: ignore[arg-type]
-                self.norm_mid.load_state_dict(layer.post_attention_layernorm.state_dict())  # type: ignore[union-attr]
+        if from_target:
+            if first + len(self.layers) > target.num_layers:
+                raise ConfigError(
+                    f"the target has no {len(self.layers)} layers from the exit {first} on to start from; "
+                    'lower adapter.layers, or start from init = "random"'
+                )
+            for own, theirs in zip(self.layers, target.layers[first:], strict=False):
+                own.copy_from(theirs)  # type: ignore[operator]
 
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None = None) -> Tensor:
         """States after the exit layer [B, N, D] -> normed states [B, N, D] that `logits` reads."""
-        if self.attention is not None:
-            x = x + self.target.attend(self.attention, self.norm_in(x), where, cache)
-        if self.mlp is not None:
-            x = x + self.mlp(self.norm_in(x) if self.norm_mid is None else self.norm_mid(x))
+        for layer in self.layers:
+            x = layer(x, where, cache)
         return self.norm_out(x)  # type: ignore[no-any-return]
 
     def logits(self, y: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, V], through the target's head or the adapter's own."""
+        """[B, N, D] -> [B, N, V], through the target's head or the adapter's own; [B, N, n] of a draft vocabulary."""
         target = self.target
+        if self.vocabulary is not None:
+            return self.vocabulary.logits(y)
         return target.logits(y) if self.head is None else target.scale_logits(self.head(y))
+
+    def current_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Files from when an adapter had one layer name its parts without saying which layer's they are."""
+        old = ("norm_in", "attention", "mlp", "norm_mid")
+        return {f"layers.0.{name}" if name.split(".")[0] in old else name: value for name, value in tensors.items()}
+
+    def check(self, name: object) -> None:
+        """Raise AdapterError if what was loaded from `name` does not fit the target."""
+        if self.vocabulary is not None:
+            self.vocabulary.check(name)
 
     @property
     def cache_layers(self) -> tuple[LayerShape, ...]:
-        """The layers this adapter adds to the target's KV cache: one, or none without attention."""
-        return () if self.attention is None else (self.target.storage_shape(self.attention),)
+        """What this adapter adds to the target's KV cache: a layer for each of its own, or none without attention."""
+        attentions = [layer.attention for layer in self.layers if layer.attention is not None]
+        return tuple(self.target.storage_shape(attention) for attention in attentions)  # type: ignore[arg-type]
+
+
+class AdapterLayer(nn.Module):
+    """One trained layer: attention, a feed-forward network, or both, each behind a norm."""
+
+    def __init__(self, target: Target, variant: Variant, place: int):
+        """`place` is the layer's own in the adapter, from 0."""
+        super().__init__()
+        self._target = [target]  # in a list: the target's weights are not this module's
+        self.norm_in = target.new_norm()
+        self.attention = None if variant == "mlp-only" else target.new_attention(place)
+        self.mlp: FeedForward | None = None
+        if variant in ("full-layer", "mlp-only"):
+            self.mlp = FeedForward(target.width, int(target.config.intermediate_size))
+        self.norm_mid = target.new_norm() if variant == "full-layer" else None
+
+    def copy_from(self, layer: nn.Module) -> None:
+        """Take what fits of a target's layer. Raises ConfigError for a feed-forward network of another kind."""
+        if self.attention is None:
+            return
+        self.attention.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]
+        if hasattr(layer, "input_layernorm"):
+            self.norm_in.load_state_dict(layer.input_layernorm.state_dict())  # type: ignore[union-attr]
+        if self.mlp is not None and self.norm_mid is not None:
+            self.mlp.copy_from(layer.mlp)  # type: ignore[arg-type]
+            self.norm_mid.load_state_dict(layer.post_attention_layernorm.state_dict())  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        if self.attention is not None:
+            x = x + self._target[0].attend(self.attention, self.norm_in(x), where, cache)
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm_in(x) if self.norm_mid is None else self.norm_mid(x))
+        return x
 
 
 class FeedForward(nn.Module):

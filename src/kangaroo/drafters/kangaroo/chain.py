@@ -15,7 +15,13 @@ from kangaroo.drafters.chain import Stopping, Threshold
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
 from kangaroo.drafters.kangaroo.costs import measure_costs
-from kangaroo.drafters.kangaroo.self_draft import SelfChain, SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.kangaroo.self_draft import (
+    ADAPTER_SETTINGS,
+    SelfChain,
+    SelfDraft,
+    choose_exit_layer,
+    load_adapter,
+)
 from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
@@ -92,7 +98,7 @@ def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Ka
     adapter = load_adapter(target, settings)
     auto = settings.get("stop") == "auto"
     evaluated = {"max_draft": LONGEST if auto else adapter.config.max_draft, "threshold": adapter.config.threshold}
-    config = configure(ChainConfig, evaluated | dict(settings), also=("adapter",))
+    config = configure(ChainConfig, evaluated | dict(settings), also=ADAPTER_SETTINGS)
     exit_layer = adapter.config.exit_layer
     if not auto:
         return lambda: Kangaroo(target, adapter, exit_layer, config)

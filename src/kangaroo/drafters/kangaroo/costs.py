@@ -75,7 +75,8 @@ def measure_costs(target: Target, model: SelfDraft | None, *, nodes: int = 8, re
         if model.adapter is not None:
             adapter = model.adapter
             pieces["adapter"] = lambda: adapter(x, one, cache)
-        pieces["head"] = lambda: target.logits(x if model.adapter else target.norm(x))
+        head = target.logits if model.adapter is None else model.adapter.logits
+        pieces["head"] = lambda: head(x if model.adapter else target.norm(x))
     for count in range(1, nodes + 1):
         pieces[f"verify {count}"] = deep(count, exit_layer)
     seconds = medians(pieces, target.device, repeats)

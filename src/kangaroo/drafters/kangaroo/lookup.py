@@ -24,7 +24,7 @@ from kangaroo.drafters.copying.arrivals import arrivals, copy_chain
 from kangaroo.drafters.copying.ngrams import NgramIndex, check_lengths
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.chain import ChainConfig
-from kangaroo.drafters.kangaroo.self_draft import SelfChain, SelfDraft, load_adapter
+from kangaroo.drafters.kangaroo.self_draft import ADAPTER_SETTINGS, SelfChain, SelfDraft, load_adapter
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
@@ -162,5 +162,5 @@ def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Ka
     """Settings: adapter, and those of KangarooLookupConfig; the chain's default to the adapter's own."""
     adapter = load_adapter(target, settings)
     evaluated = {"max_draft": adapter.config.max_draft, "threshold": adapter.config.threshold}
-    config = configure(KangarooLookupConfig, evaluated | dict(settings), also=("adapter",))
+    config = configure(KangarooLookupConfig, evaluated | dict(settings), also=ADAPTER_SETTINGS)
     return lambda: KangarooLookup(target, adapter, adapter.config.exit_layer, config)

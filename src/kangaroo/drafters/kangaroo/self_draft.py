@@ -23,6 +23,7 @@ class SelfDraft:
         self.target, self.adapter, self.exit_layer = target, adapter, exit_layer
         self.taps = () if adapter is None else (exit_layer,)
         self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers
+        self.vocabulary = None if adapter is None else adapter.vocabulary
         self._unseen: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -32,7 +33,9 @@ class SelfDraft:
         head, drafting = count_weights(self.target.head), sum(layers[: self.exit_layer])
         if self.adapter is not None:
             drafting += count_weights(self.adapter)
-        if self.adapter is None or self.adapter.head is None:
+        if self.vocabulary is not None:
+            drafting += head * len(self.vocabulary.tokens) // self.target.vocab_size
+        elif self.adapter is None or self.adapter.head is None:
             drafting += head
         return drafting / (sum(layers) + head)
 
@@ -42,7 +45,7 @@ class SelfDraft:
         return x
 
     def logits(self, x: Tensor, where: Placement, state: State) -> Tensor:
-        """Draft logits [B, N, V] from the exit layer's states."""
+        """Draft logits [B, N, V], [B, N, n] over a draft vocabulary, from the exit layer's states."""
         if self.adapter is None:
             return self.target.logits(self.target.norm(x))
         nodes = x.shape[1]
@@ -75,7 +78,7 @@ class SelfDraft:
 
     def _forget(self, rows: Tensor | None, state: State) -> None:
         """What waits for the adapter belongs to requests that have left these rows (None: all)."""
-        if self._unseen is None or rows is None:
+        if self._unseen is None or rows is None or len(rows) == state.batch:
             self._unseen = None
             return
         states, positions = self._unseen
@@ -84,10 +87,15 @@ class SelfDraft:
         self._unseen = states, positions
 
 
+ADAPTER_SETTINGS = ("adapter", "allow_other_target")
+"""The settings that `load_adapter` reads."""
+
+
 def load_adapter(target: Target, settings: Settings) -> Adapter:
     """The adapter that the settings name. Raises ConfigError or AdapterError."""
     advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
-    return Adapter.load(need_path(settings, "adapter", advice), target)
+    relative = bool(settings.get("allow_other_target", False))
+    return Adapter.load(need_path(settings, "adapter", advice), target, allow_other_target=relative)
 
 
 def choose_exit_layer(target: Target, settings: Settings) -> int:
@@ -126,7 +134,7 @@ class SelfChain:
             self._hidden.append(self.model.states(replaced(tokens, k), here, state))
             return self.model.logits(self._hidden[-1], here, state)
 
-        drafted = draft_chain(state, limits, stopping, step)
+        drafted = draft_chain(state, limits, stopping, step, self.model.vocabulary)
         self._steps = drafted.steps
         return drafted
 

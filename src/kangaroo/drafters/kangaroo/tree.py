@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.kangaroo.adapter import Adapter
-from kangaroo.drafters.kangaroo.self_draft import SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.kangaroo.self_draft import ADAPTER_SETTINGS, SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
@@ -105,6 +105,9 @@ class KangarooTree:
         batch, width = tree.tokens[-1].shape
         first = tokens.shape[1] - width
         prefix = state.prefix(tokens, parents)
+        vocabulary = self.model.vocabulary
+        if vocabulary is not None:
+            logits = vocabulary.spread(logits)
         scores = state.sampler.scores(logits, prefix)
         if state.rule == "match":
             depth = len(tree.tokens)
@@ -128,7 +131,7 @@ class KangarooTree:
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooTree]:
     """Settings: adapter, and those of TreeConfig."""
     adapter = load_adapter(target, settings)
-    config = configure(TreeConfig, settings, also=("adapter",))
+    config = configure(TreeConfig, settings, also=ADAPTER_SETTINGS)
     return lambda: KangarooTree(target, adapter, adapter.config.exit_layer, config)
 
 

@@ -203,21 +203,26 @@ def _reason(active: bool, room: int, known: bool, limit: int) -> Stop:
     return Stop.NOTHING if not known else Stop.ROOM if room <= limit else Stop.LENGTH
 
 
+HEADS_SETTINGS = ("heads", "allow_other_target")
+"""The settings that `load_heads` reads."""
+
+
 def load_heads(target: Target, settings: Settings) -> MedusaHeads:
     """The heads that the settings name. Raises ConfigError or AdapterError."""
     advice = 'give the folder of trained ones; `kangaroo train` makes them from a recipe of kind "medusa"'
-    return MedusaHeads.load(need_path(settings, "heads", advice), target)
+    relative = bool(settings.get("allow_other_target", False))
+    return MedusaHeads.load(need_path(settings, "heads", advice), target, allow_other_target=relative)
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Medusa]:
     """Settings: heads, and those of MedusaChainConfig."""
-    heads, config = load_heads(target, settings), configure(MedusaChainConfig, settings, also=("heads",))
+    heads, config = load_heads(target, settings), configure(MedusaChainConfig, settings, also=HEADS_SETTINGS)
     Medusa(target, heads, config)  # a mistake should not wait for the first prompt
     return lambda: Medusa(target, heads, config)
 
 
 def build_tree(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], MedusaTree]:
     """Settings: heads, and those of MedusaTreeConfig."""
-    heads, config = load_heads(target, settings), configure(MedusaTreeConfig, settings, also=("heads",))
+    heads, config = load_heads(target, settings), configure(MedusaTreeConfig, settings, also=HEADS_SETTINGS)
     MedusaTree(target, heads, config)
     return lambda: MedusaTree(target, heads, config)

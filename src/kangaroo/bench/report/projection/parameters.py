@@ -50,15 +50,16 @@ class TargetShape:
         return self.width * self.vocab_size
 
 
-def adapter_parameters(shape: TargetShape, variant: Variant = "kangaroo") -> int:
-    """Weights of an adapter: two norms, and what its variant has."""
-    own = {
+def adapter_parameters(shape: TargetShape, variant: Variant = "kangaroo", layers: int = 1) -> int:
+    """Weights of an adapter: what its variant has in every layer, each behind a norm, one norm more, and its head."""
+    matrices = {
         "kangaroo": shape.attention,
-        "own-head": shape.attention + shape.vocabulary_map,
+        "own-head": shape.attention,
         "full-layer": shape.attention + shape.mlp + shape.width,
         "mlp-only": shape.mlp,
     }
-    return own[variant] + 2 * shape.width
+    head = shape.vocabulary_map if variant == "own-head" else 0
+    return layers * (matrices[variant] + shape.width) + shape.width + head
 
 
 def medusa_parameters(shape: TargetShape, heads: int = 4) -> int:

