@@ -36,6 +36,26 @@ def find_rows(linear: nn.Linear, packed: bool, verdicts: Verdicts) -> Rows | Non
     return None if known == "none" else Rows(**known)
 
 
+@torch.no_grad()
+def is_even(activation: nn.Module, width: int, dtype: torch.dtype, device: torch.device, verdicts: Verdicts) -> bool:
+    """Whether an activation of so many features gives a row the same bits however many rows there are.
+
+    What a vector register does and what is done to the few values left over can differ in the last bit; where those lie
+    depends on the number of values, and of threads.
+    """
+    name = f"activation {type(activation).__name__} {activation} {dtype} {width}"
+    known = verdicts.get(name)
+    if known is None:
+        random = torch.Generator().manual_seed(0)
+        x = (torch.randn(512, width, generator=random) * 3).to(device, dtype)
+        alone = torch.cat([activation(row[None]) for row in x])
+        known = all(
+            torch.equal(activation(x[:rows]), alone[:rows]) for rows in (2, 3, 5, 7, 8, 13, 23, 48, 64, 300, 512)
+        )
+        verdicts.set(name, known)
+    return bool(known)
+
+
 def _tell_tale(linear: nn.Linear, packed: bool) -> tuple[Product, Tensor]:
     """A product of this linear's shape, and rows [64, K] whose results are all rounding."""
     weight, bias = linear.weight, None if linear.bias is None else torch.zeros_like(linear.bias)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kangaroo.cache import LayerShape
 from kangaroo.errors import ModelError
-from kangaroo.parts import find_attention, find_rows
+from kangaroo.parts import find_attention, find_rows, is_even
 from kangaroo.passes import Attention, PackedLinear, Rows, SteadyLinear, can_pack, linears
 from kangaroo.trial import Exactness, Tried, attempt, prove
 from kangaroo.verdicts import Verdicts
@@ -68,6 +68,8 @@ def _try(target: Settled, packs: bool) -> Exactness:
         exactness = prove(target, name, verdicts, how)
         if exactness.level == "ties":
             target.compute_by(None)
+        elif doubt := _doubt(target, verdicts):  # computed as if exact all the same: most texts will be
+            exactness = Exactness("ties", f"{doubt}; {how}")
     trouble = verdicts.save()
     return Exactness(exactness.level, f"{exactness.reason}; {trouble}") if trouble else exactness
 
@@ -87,6 +89,21 @@ def _linears(target: Settled) -> list[tuple[nn.Module, str, nn.Linear]]:
     found = list(linears(target.layers))
     head = [entry for entry in linears(target.model) if entry[2] is target.head]
     return found + head
+
+
+def _doubt(target: Settled, verdicts: Verdicts) -> str | None:
+    """What the trial of the whole model may have missed, as ordinary numbers seldom show it; None if nothing."""
+    short = torch.finfo(target.dtype).bits < 32
+    tried = {id(linear.weight) for linear in target.layers.modules() if isinstance(linear, nn.Linear)}
+    for name, parameter in target.layers.named_parameters():
+        if short and parameter.ndim >= 2 and "norm" not in name and id(parameter) not in tried:
+            return f"products with {name.partition('.')[2]} were not tried by themselves, and {target.dtype} hides much"
+    width = int(getattr(target.config, "intermediate_size", 0) or 0)
+    for name, module in target.layers[0].named_modules():
+        activation = "act" in name.rpartition(".")[2] and not list(module.children())
+        if activation and width and not is_even(module, width, target.dtype, target.device, verdicts):
+            return f"{type(module).__name__} over {width} features depends on the number of rows in its last bits"
+    return None
 
 
 def _shape(linear: nn.Linear) -> tuple[tuple[int, ...], bool, torch.dtype]:

@@ -210,7 +210,7 @@ def find_divergence(
     scores, largest = _scores(decoder.target.model, prompt, expected[:at], sampling)
     best = scores.topk(2).values
     float64 = None
-    size = 8 * sum(p.numel() for p in decoder.target.model.parameters())
+    size = 8 * decoder.target.parameters
     if size < available_bytes(decoder.target.device):
         precise = copy.deepcopy(decoder.target.model).double()
         float64 = int(_scores(precise, prompt, expected[:at], sampling)[0].argmax())
