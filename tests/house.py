@@ -11,9 +11,9 @@ import kangaroo
 ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
-    errors files toml machine documents
+    errors checks inputs files toml machine chat documents
     tree cache sampling state
-    fingerprint model weights loading
+    fingerprint model tensors weights model_files loading
     drafters.base drafters.settings drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
@@ -23,7 +23,7 @@ ORDER = """
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
     drafters
     accept decode
-    demo text decoder hf
+    demo stops text decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench"]
 """Folders that may use everything in ORDER, and none of one another."""

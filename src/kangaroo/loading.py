@@ -4,23 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kangaroo.checks import shown
 from kangaroo.errors import ModelError
+from kangaroo.model_files import reading_model
 
 
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer in a folder or of a hub name."""
-    try:
+    with reading_model("a tokenizer", name):
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -28,10 +22,10 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device.type == "cpu":
         dtype = fastest_cpu_dtype()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
+    with reading_model("a causal LM", name):
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # which transformers makes up, at random
+        raise ModelError(f"the weights in {name} are not all there: {missing[0]!r} is one of {len(missing)} missing")
     return model.to(device)
 
 
@@ -44,4 +38,7 @@ def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """The token ids that end a text, as transformers' own generation reads them."""
     value = model.generation_config.eos_token_id if model.generation_config is not None else None
     value = model.config.eos_token_id if value is None else value
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    ends = [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise ModelError(f"the model's eos_token_id should be token ids, got {shown(value)}")
+    return tuple(ends)

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+MOST_THREADS = 1024
+"""The most CPU threads that may be asked for: OpenMP ends the process where it cannot start them."""
+
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""

@@ -58,7 +58,7 @@ class State:
         device = sampler.device
         rows = len(requests)
         self.cache, self.sampler, self.rule = cache, sampler, rule
-        self.capacity = cache.slots - spare
+        self.capacity, self.spare = cache.slots - spare, spare
         self.eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         self.tokens = torch.zeros(rows, cache.slots + 1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)

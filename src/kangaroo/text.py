@@ -5,7 +5,10 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from kangaroo.chat import are_messages, need_text, render
+from kangaroo.checks import shown
 from kangaroo.errors import ConfigError, DataError, ModelError
+from kangaroo.stops import StopString
 
 Prompt = str | Sequence[dict[str, str]]
 
@@ -29,12 +32,15 @@ class Tokenizer:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text as it stands, or of a conversation, rendered by the chat template up to the answer."""
         if isinstance(prompt, str):
+            need_text(prompt, "the prompt")
             return list(self.wrapped(prompt, verbose=False)["input_ids"])
-        if not prompt or not all({"role", "content"} <= set(message) for message in prompt):
-            raise DataError(f'a conversation is a list of {{"role", "content"}} messages, got {str(prompt)[:60]!r}')
+        if not are_messages(prompt):
+            raise DataError(
+                f'a conversation is a list of {{"role", "content"}} messages, both texts, got {shown(prompt)}'
+            )
         if not self.has_chat_template:
             raise DataError("this model's tokenizer has no chat template: give the prompt as plain text")
-        rendered = self.wrapped.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        rendered = render(self.wrapped, prompt, "the prompt", prompt=True)
         return list(self.wrapped(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -48,7 +54,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         if any(not s for s in stop):
             raise ConfigError("a stop string must not be empty")
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stops = tokenizer, [StopString(s) for s in stop]
         self._stream, self._tokens = DecodeStream(skip_special_tokens=True), list[int]()
         self._decoded, self._held = 0, ""
         self.stopped = False
@@ -72,10 +78,11 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        ends = [(s, s.read(piece)) for s in self._stops]
+        found = [len(self._held) + end - len(s.stop) for s, end in ends if end is not None]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        keep = max((s.matched for s in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -4,21 +4,21 @@ What was trained for one target is useless to another, so nothing is loaded unle
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kangaroo.checks import need_number
 from kangaroo.errors import AdapterError
 from kangaroo.files import write_atomically, write_json
 from kangaroo.fingerprint import same_model
+from kangaroo.inputs import is_file, is_folder, name_path, read_bytes, read_object
 from kangaroo.model import Target
+from kangaroo.tensors import check_tensors, parse_tensors
 
 CONFIG = "config.json"
 KINDS = {"adapter.safetensors": "adapter", "heads.safetensors": "Medusa heads"}
@@ -75,10 +75,8 @@ class TrainedWeights(nn.Module):
             )
         module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
         tensors = _read_weights(folder / cls.file, table["weights_sha256"])
-        missing = module.load_state_dict(tensors, strict=False)
-        if missing.missing_keys or missing.unexpected_keys:
-            names = [*missing.missing_keys, *missing.unexpected_keys]
-            raise AdapterError(f"{folder / cls.file} does not fit its config: {names[0]!r} is missing or unexpected")
+        check_tensors(tensors, module.state_dict(), folder / cls.file)
+        module.load_state_dict(tensors)
         return module.to(target.dtype).eval().requires_grad_(False)
 
 
@@ -88,36 +86,25 @@ def _json_type(annotation: Any) -> type:
 
 def _read_config(folder: Path, file: str, types: Mapping[str, type]) -> dict[str, Any]:
     path = folder / CONFIG
-    others = [name for name in KINDS if name != file and (folder / name).is_file()]
-    if others and not (folder / file).is_file():
+    others = [name for name in KINDS if name != file and is_file(folder / name)]
+    if others and not is_file(folder / file):
         raise AdapterError(f"no {KINDS[file]} in {folder}: its {others[0]} says {KINDS[others[0]]}")
-    if not path.is_file():
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+    if not is_file(path):
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")] if is_folder(folder) else []
         hint = f"{pickles[0].name} is a pickle, which is never loaded" if pickles else "expected config.json"
-        raise AdapterError(f"no {KINDS[file]} in {folder}: {hint}")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
-    if not isinstance(table, dict):
-        raise AdapterError(f"{path} is damaged: it should hold one table")
+        raise AdapterError(f"no {KINDS[file]} in {name_path(folder)}: {hint}")
+    table = read_object(path, CONFIG, AdapterError)
     for name, kind in types.items():
+        if kind is float and type(table.get(name)) is int:
+            table[name] = need_number(name, table[name])  # 1 is as good as 1.0
         if type(table.get(name)) is not kind:
             raise AdapterError(f"{path} is damaged: {name!r} should be of type {kind.__name__}")
     return table
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise AdapterError(f"no weights at {path}")
-    content = path.read_bytes()
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
+    content = read_bytes(path, "weights", AdapterError)
+    tensors = parse_tensors(content, path)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise AdapterError(f"{path} is damaged: its bytes are not those that config.json was written for")
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
     return tensors

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kangaroo.errors import DataError
+from kangaroo.inputs import is_file, name_path, read_text
 
 RECORDS = "records.jsonl"
 BASELINE = "none"
@@ -88,9 +89,11 @@ def read_records(folder: Path) -> list[Record]:
     Raises DataError naming the line of a malformed row, and if a record occurs twice.
     """
     path = folder / RECORDS
-    if not path.is_file():
-        raise DataError(f"no records in {folder}: expected {RECORDS}, as written by `kangaroo bench`")
-    records = list(parse_records(path.read_text(encoding="utf-8").splitlines(), str(path)))
+    if not is_file(path):
+        raise DataError(f"no records in {name_path(folder)}: expected {RECORDS}, as written by `kangaroo bench`")
+    # Not splitlines, which also splits at separators that JSON strings may hold.
+    lines = read_text(path, RECORDS, DataError).removesuffix("\n")
+    records = list(parse_records(lines.split("\n") if lines else [], str(path)))
     seen: set[tuple[int | str, str, int]] = set()
     for record in records:
         if record.key in seen:

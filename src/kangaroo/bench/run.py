@@ -29,6 +29,7 @@ from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_text
+from kangaroo.inputs import is_file, read_object
 
 BenchReport = Callable[[int, int], None]
 """Is told how many questions of how many have been answered by all methods, repeats counted."""
@@ -190,10 +191,9 @@ def _write_sweep(folder: Path, key: str, values: list[Any]) -> None:
 def read_sweep(folder: Path) -> tuple[str, list[Any]] | None:
     """(key, values) of the sweep in a folder; None if there is none. Raises DataError for a damaged file."""
     path = folder / SWEEP
-    if not path.is_file():
+    if not is_file(path):
         return None
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return str(table["key"]), list(table["values"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); run `kangaroo bench` again to renew it") from None
+    table = read_object(path, SWEEP, DataError)
+    if not isinstance(table.get("key"), str) or not isinstance(table.get("values"), list):
+        raise DataError(f"{path} is damaged: it should hold a key and its values; run `kangaroo bench` to renew it")
+    return table["key"], table["values"]

@@ -12,6 +12,7 @@ from kangaroo.cli.datastore import datastore
 from kangaroo.cli.demo import demo
 from kangaroo.cli.generate import generate
 from kangaroo.cli.info import info
+from kangaroo.cli.output import checked_output
 from kangaroo.cli.report import report
 from kangaroo.cli.terminal import print_error
 from kangaroo.cli.train import train
@@ -25,11 +26,31 @@ for verb in (demo, generate, train, compare, check, info, bench, report):
 app.add_typer(datastore, name="datastore")
 
 
+MISUSE: type[Exception] = typer.BadParameter.__mro__[1]  # a wrong option or value, which typer gives no name
+STOPPED = 130
+
+
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 2."""
     disable_progress_bar()
     try:
-        app()
+        with checked_output():
+            sys.exit(_run())
     except KangarooError as error:
         print_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(2)
+
+
+def _run() -> int:
+    try:
+        done = app(standalone_mode=False)
+        return done if isinstance(done, int) else 0
+    except MISUSE as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help has been shown
+            return 2
+        hint = f"; see {context.command_path} --help" if context is not None else ""
+        print_error(error.format_message().rstrip(".") + hint)  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return STOPPED

@@ -10,7 +10,8 @@ import typer
 from kangaroo.cli.options import Drafter, Json, MaxTokens, ModelOptions, with_model_options
 from kangaroo.cli.terminal import completion_facts, notes, print_json, show_batch, stats_facts, stream_answer
 from kangaroo.decoder import Decoder
-from kangaroo.errors import DataError
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.inputs import read_text
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
 
@@ -35,6 +36,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text: one prompt, a file of prompts as a batch, or an interactive chat."""
+    if prompt is not None and prompts is not None:
+        raise ConfigError("give --prompt or --prompts, not both")
+    if as_json and prompt is None and prompts is None:
+        raise ConfigError("--json is for answers to --prompt or --prompts; a chat has none")
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -72,13 +77,11 @@ def answer_with(decoder: Decoder, prompt: str | None, prompts: Path | None, ask:
     done = decoder.generate(
         [as_prompt(line) for line in lines], max_tokens=ask.max_tokens, sampling=ask.sampling, stop=ask.stop
     )
-    facts = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
-    if not as_json:
-        show_batch(lines, done, decoder.stats)
-    elif prompts is None:
-        print_json(facts[0] | stats_facts(decoder.stats))
+    if as_json:
+        facts = [completion_facts(line, answer) for line, answer in zip(lines, done, strict=True)]
+        print_json({"answers": facts, "stats": stats_facts(decoder.stats)})
     else:
-        print_json({"answers": facts} | stats_facts(decoder.stats))
+        show_batch(lines, done, decoder.stats)
 
 
 def as_message(text: str) -> Prompt:
@@ -90,9 +93,7 @@ def as_message(text: str) -> Prompt:
 
 def read_lines(path: Path) -> list[str]:
     """Non-empty lines of a file."""
-    if not path.is_file():
-        raise DataError(f"no prompt file at {path}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_text(path, "prompt file", DataError).split("\n") if line.strip()]
     if not lines:
         raise DataError(f"{path} holds no prompts")
     return lines

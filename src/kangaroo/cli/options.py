@@ -12,6 +12,7 @@ import typer
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
+from kangaroo.machine import MOST_THREADS
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -72,7 +73,9 @@ class ModelOptions:
         return {name: _value(text) for name, _, text in pairs}
 
 
-def _value(text: str) -> int | float | str:
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)
@@ -84,8 +87,8 @@ def _value(text: str) -> int | float | str:
 def set_threads(threads: int | None) -> None:
     """Use so many CPU threads; None leaves it to torch."""
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {threads}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(f"--threads must be in 1..{MOST_THREADS}, got {threads}")
         torch.set_num_threads(threads)
 
 

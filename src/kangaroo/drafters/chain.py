@@ -89,7 +89,7 @@ def draft_chain(state: State, limits: Tensor, stopping: Stopping, step: Callable
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
     logits [B, 1, V]. The token after which a row stops stays in the draft.
     """
-    limits = torch.minimum(limits, state.room - 1).clamp_min(0) * state.active
+    limits = torch.minimum(limits, state.room - 1).clamp(0, state.spare - 1) * state.active
     confident = stopping.begin(state) if bool(limits.any()) else torch.ones_like(state.active)
     going = (limits > 0) & confident
     tokens, probs = [state.pending], list[Tensor]()

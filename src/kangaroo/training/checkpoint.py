@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
+from kangaroo.inputs import is_file, need_file
 from kangaroo.machine import device_name, versions
 from kangaroo.training.recipe import Recipe, flatten, parse_recipe
 
@@ -57,16 +59,17 @@ def save_state(
 def read_progress(path: Path) -> Progress:
     """Where the run of a state file stands. Raises DataError if the file is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(need_file(path, "state", DataError), framework="pt") as file:
             metadata = file.metadata() or {}
-        return Progress(
-            step=int(json.loads(metadata["step"])),
-            best=json.loads(metadata.get("best", "null")),
-            recipe=json.loads(metadata.get("recipe", "null")),
-            identity=json.loads(metadata.get("identity", "{}")),
-        )
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        kinds = {"step": (int,), "best": (float, int, NoneType), "recipe": (dict, NoneType), "identity": (dict,)}
+        given = {"best": "null", "recipe": "null", "identity": "{}"} | metadata
+        found = {name: json.loads(given[name]) for name in kinds}
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise DataError(f"cannot resume from {path}: {error}") from None
+    for name, allowed in kinds.items():
+        if not isinstance(found[name], allowed):
+            raise DataError(f"cannot resume from {path}: its {name} is damaged")
+    return Progress(**found)
 
 
 def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -144,7 +147,7 @@ def find_progress(recipe: Recipe, identity: Mapping[str, str], *, resume: bool) 
     """
     path = recipe.output / STATE
     fresh = Progress(0, None, recipe.model_dump(mode="json"), identity)
-    if not path.is_file():
+    if not is_file(path):
         if resume:
             raise ConfigError(f"nothing to resume: no run has started in {recipe.output}")
         return fresh

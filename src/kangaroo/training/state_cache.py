@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kangaroo.errors import CapacityError, DataError
+from kangaroo.errors import CapacityError, DataError, KangarooError
 from kangaroo.files import write_atomically
+from kangaroo.inputs import is_file
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch, place_documents
 
@@ -37,7 +38,7 @@ class StateCache:
 
     def _row(self, row: Batch, mask: Tensor) -> Tensor:
         path = self._path(row, mask)
-        if path.is_file():
+        if is_file(path):
             return self._read(path)
         with torch.no_grad():
             x, _ = self.target.run(self.target.embed(row.tokens), place_documents(row), None)
@@ -55,14 +56,15 @@ class StateCache:
 
     def _read(self, path: Path) -> Tensor:
         try:
-            return load_file(path)["states"]
-        except (OSError, SafetensorError) as error:
+            states = load_file(path)["states"]
+        except (OSError, SafetensorError, KeyError) as error:
             raise DataError(f"cannot read the target's states in {path}: {error}. Delete the file") from None
+        return states
 
     def _write(self, path: Path, states: Tensor) -> None:
         try:
             write_atomically(path, lambda part: save_file({"states": states}, part))
-        except (OSError, SafetensorError) as error:
+        except KangarooError as error:
             raise CapacityError(
                 f"cannot keep the target's states in {self.folder}: {error}. Make room, or drop the recipe's states"
             ) from None

@@ -1,6 +1,7 @@
 """Runs read back from their folders: summaries, what they come from, and whether two of them may share a report."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from kangaroo.bench.report.counting import AnswerRow, Count, corrected, legacy, 
 from kangaroo.bench.report.grid import OVERALL, Grid, arrange
 from kangaroo.bench.report.statistics import Summary, summarise
 from kangaroo.errors import DataError
+from kangaroo.inputs import is_file, read_object
 from kangaroo.loading import load_tokenizer
 
 ALIKE = ("machine", "commit", "dirty", "versions")
@@ -85,7 +87,7 @@ def read_runs(folders: Sequence[Path], *, count: bool = False, against: str | No
     `against` names a method that the others are compared with too. Raises DataError for a folder that is incomplete or
     damaged, or given twice, or without that method; ModelError for a missing tokenizer.
     """
-    paths = [folder.resolve() for folder in folders]
+    paths = [Path(os.path.realpath(folder)) for folder in folders]
     for place, path in enumerate(paths):
         if path in paths[:place]:
             raise DataError(f"{folders[place]} is given twice")
@@ -114,16 +116,13 @@ def read_run(folder: Path, name: str, *, count: bool = False, against: str | Non
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a run comes from. Raises DataError if that was not written down."""
     path = folder / PROVENANCE
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{folder} does not say where its records come from: {PROVENANCE} is missing")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: {error}") from None
-    missing = [name for name in ALIKE if name not in facts] if isinstance(facts, dict) else list(ALIKE)
+    facts = read_object(path, PROVENANCE, DataError)
+    missing = [name for name in ALIKE if name not in facts]
     if missing:
         raise DataError(f"{path} does not say the run's {missing[0]}; run `kangaroo bench` again into a new folder")
-    return dict(facts)
+    return facts
 
 
 def count_answers(folder: Path, grid: Grid, model: str) -> dict[str, dict[str, BothCounts]]:

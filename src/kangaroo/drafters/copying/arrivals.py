@@ -32,7 +32,7 @@ def arrivals(committed: Committed) -> Iterator[Arrival]:
 
 def copy_chain(state: State, copies: Sequence[Sequence[int]]) -> Draft:
     """A draft of one chain per row, each cut to the room its row has; a row that has none drafts nothing."""
-    room, active = (state.room - 1).tolist(), state.active.tolist()
+    room, active = (state.room - 1).clamp_max(state.spare - 1).tolist(), state.active.tolist()
     cut = [list(copy[: max(0, free)]) if on else [] for copy, free, on in zip(copies, room, active, strict=True)]
     width = max(map(len, cut), default=0)
     device = state.tokens.device
