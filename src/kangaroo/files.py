@@ -29,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             write(temporary)
-            with temporary.open("rb") as file:
+            with temporary.open("rb+") as file:  # Windows flushes only what it may write
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:

@@ -15,6 +15,7 @@ from kangaroo.checks import shown
 from kangaroo.errors import KangarooError
 
 Kind = type[KangarooError]
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NOT_FILES = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -51,7 +52,7 @@ def open_file(path: Path, what: str, kind: Kind) -> Iterator[BinaryIO]:
     """A file, open for reading. A pipe is refused instead of waited for."""
     where = name_path(path)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, _READ)
     except (FileNotFoundError, NotADirectoryError):
         raise kind(f"no {what} at {where}") from None
     except OSError as error:

@@ -1,6 +1,6 @@
 """What a benchmark measured: one record per question, method and repeat. Everything published comes from these."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -100,6 +100,16 @@ def read_records(folder: Path) -> list[Record]:
             raise DataError(f"{path}: question {record.question}, {record.method}, repeat {record.repeat} occurs twice")
         seen.add(record.key)
     return records
+
+
+def refuse_strangers(records: Iterable[Record], methods: Collection[str], folder: Path) -> None:
+    """Raise DataError for a record of a method that the run does not have; the baseline is one that it has."""
+    for record in records:
+        if record.method != BASELINE and record.method not in methods:
+            raise DataError(
+                f"{name_path(folder / RECORDS)} holds an answer by {record.method!r} to question {record.question}, "
+                "which the run's recipe does not have: delete its lines, or give a new --output"
+            )
 
 
 def parse_records(lines: Iterable[str], name: str) -> Iterable[Record]:

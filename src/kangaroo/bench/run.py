@@ -18,7 +18,7 @@ from kangaroo.bench.asking import Asker
 from kangaroo.bench.cost import method_costs, trained_parameters
 from kangaroo.bench.drafted import Drafted
 from kangaroo.bench.formats import fetch, read_questions
-from kangaroo.bench.journal import Journal, claim
+from kangaroo.bench.journal import Journal
 from kangaroo.bench.methods import Method
 from kangaroo.bench.peers import make_peer
 from kangaroo.bench.provenance import Facts, describe_run, find_run, resumed, write_facts
@@ -28,7 +28,7 @@ from kangaroo.bench.records import BASELINE, Record
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_text
+from kangaroo.files import claim, write_text
 from kangaroo.inputs import is_file, read_object
 
 BenchReport = Callable[[int, int], None]

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo.bench.experiment import TrainingSection
-from kangaroo.bench.journal import claim
 from kangaroo.bench.provenance import digest
 from kangaroo.bench.recipe import BenchRecipe, MethodSection
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_json
+from kangaroo.files import claim, write_json
 from kangaroo.inputs import is_file, need_file, read_object
 from kangaroo.toml import lay_over, read_table
 

@@ -1,9 +1,15 @@
 """What `--json` prints, verb by verb: one object on one line. Numbers that are not finite are null."""
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 
-class Answer(TypedDict):
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Answer(_Facts):
     """One completed prompt."""
 
     prompt: str
@@ -15,7 +21,7 @@ class Answer(TypedDict):
     finish_reason: str
 
 
-class RunStats(TypedDict):
+class RunStats(_Facts):
     """Of all answers together."""
 
     emitted: int
@@ -29,14 +35,14 @@ class RunStats(TypedDict):
     tokens_per_second: float
 
 
-class Generate(TypedDict):
+class Generate(_Facts):
     """`generate`, the same for one prompt and for a file of them."""
 
     answers: list[Answer]
     stats: RunStats
 
 
-class Difference(TypedDict):
+class Difference(_Facts):
     """Where an answer departs from plain decoding's."""
 
     prompt: int
@@ -51,7 +57,7 @@ class Difference(TypedDict):
     """Whether rounding explains it."""
 
 
-class Rounds(TypedDict):
+class Rounds(_Facts):
     """How many rounds accepted none, some or all of their drafts, or had none."""
 
     none: int
@@ -60,7 +66,7 @@ class Rounds(TypedDict):
     undrafted: int
 
 
-class Checked(TypedDict):
+class Checked(_Facts):
     """One drafter's check."""
 
     tokens: int
@@ -71,7 +77,7 @@ class Checked(TypedDict):
     """Why the check did not pass: answers that differ, or, without any, why it says nothing."""
 
 
-class Check(TypedDict):
+class Check(_Facts):
     """`check`."""
 
     lossless: bool
@@ -79,7 +85,7 @@ class Check(TypedDict):
     left_out: dict[str, str]
 
 
-class ComparedLine(TypedDict):
+class ComparedLine(_Facts):
     """One drafter's answer."""
 
     method: str
@@ -94,11 +100,11 @@ class ComparedLine(TypedDict):
     draft: float
     verify: float
     rest: float
-    tie: NotRequired[bool]
+    tie: bool | None = None
     """Of an answer that differs: whether rounding explains it."""
 
 
-class Compare(TypedDict):
+class Compare(_Facts):
     """`compare`."""
 
     identical: bool
@@ -106,7 +112,7 @@ class Compare(TypedDict):
     left_out: dict[str, str]
 
 
-class Demo(TypedDict):
+class Demo(_Facts):
     """`demo`."""
 
     identical: bool
@@ -127,7 +133,7 @@ class Demo(TypedDict):
     threads: int
 
 
-class Build(TypedDict):
+class Build(_Facts):
     """`datastore build`."""
 
     documents: int

@@ -14,7 +14,7 @@ from kangaroo.bench.answers import ANSWERS
 from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.provenance import PROVENANCE
 from kangaroo.bench.questions import QuestionId
-from kangaroo.bench.records import BASELINE, read_records
+from kangaroo.bench.records import BASELINE, read_records, refuse_strangers
 from kangaroo.bench.report.bound import Bounds, bounds
 from kangaroo.bench.report.counting import AnswerRow, Count, corrected, legacy, read_answers
 from kangaroo.bench.report.grid import OVERALL, Grid, arrange
@@ -99,14 +99,17 @@ def read_runs(folders: Sequence[Path], *, count: bool = False, against: str | No
 
 def read_run(folder: Path, name: str, *, count: bool = False, against: str | None = None) -> Run:
     """One of them."""
-    grid, provenance = arrange(read_records(folder)), read_provenance(folder)
+    provenance, records = read_provenance(folder), read_records(folder)
+    recipe = provenance.get("recipe", {})
+    if methods := recipe.get("methods"):
+        refuse_strangers(records, {method["name"] for method in methods}, folder)
+    grid = arrange(records)
     if against is not None and against not in grid.methods:
         raise DataError(f"{name} has no method {against!r} to compare with; it has {', '.join(grid.methods)}")
     try:
         costs = TypeAdapter(dict[str, MethodCosts]).validate_python(provenance.get("costs", {}))
     except ValidationError as error:
         raise DataError(f"{folder / PROVENANCE}: costs: {error.errors()[0]['msg']}") from None
-    recipe = provenance.get("recipe", {})
     if recipe.get("batch", 1) > 1:
         costs = {}  # they are of one question at a time
     counts = count_answers(folder, grid, str(recipe.get("model", "demo"))) if count else {}
