@@ -136,7 +136,10 @@ def test_a_provenance_that_says_nothing(content: str, bench: Callable[..., Path]
     refused("report", str(output))
 
 
-@pytest.mark.parametrize("line", ["", "{}", "\ud800", "\0", DEEP, '{"question": ' + DIGITS + "}", '{"step": 1}', "\xff"],
+LINES = ["", "{}", "\ud800", "\0", DEEP, '{"question": ' + DIGITS + "}", '{"step": 1}', "\xff"]
+
+
+@pytest.mark.parametrize("line", LINES,
                          ids=range(8))  # fmt: skip
 def test_records_that_cannot_be_read(line: str, bench: Callable[..., Path], refused: Refused) -> None:
     recipe = bench()

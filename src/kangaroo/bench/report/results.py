@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kangaroo import demo
 from kangaroo.bench.answers import ANSWERS
@@ -99,7 +99,7 @@ def read_runs(folders: Sequence[Path], *, count: bool = False, against: str | No
 
 def read_run(folder: Path, name: str, *, count: bool = False, against: str | None = None) -> Run:
     """One of them."""
-    provenance, records = read_provenance(folder), read_records(folder)
+    records, provenance = read_records(folder), read_provenance(folder)
     recipe = provenance.get("recipe", {})
     if methods := recipe.get("methods"):
         refuse_strangers(records, {method["name"] for method in methods}, folder)
@@ -116,6 +116,27 @@ def read_run(folder: Path, name: str, *, count: bool = False, against: str | Non
     return Run(name, grid, summarise(grid), provenance, costs, counts, against)
 
 
+class _Named(BaseModel):
+    name: str
+    rule: str = "match"
+
+
+class _Recipe(BaseModel):
+    methods: list[_Named] = []
+    batch: int = 1
+
+
+class _Facts(BaseModel):
+    """What a report reads of a provenance, as far as it must be of some type."""
+
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    commit: str | None
+    recipe: _Recipe = _Recipe()
+    costs: dict[str, Any] = {}
+    resumed: list[dict[str, Any]] = []
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a run comes from. Raises DataError if that was not written down."""
     path = folder / PROVENANCE
@@ -125,6 +146,11 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     missing = [name for name in ALIKE if name not in facts]
     if missing:
         raise DataError(f"{path} does not say the run's {missing[0]}; run `kangaroo bench` again into a new folder")
+    try:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return facts
 
 
