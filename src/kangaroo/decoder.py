@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kangaroo import demo
+from kangaroo.checks import shown
 from kangaroo.decode import Round, decode, start
 from kangaroo.drafters import FILES, MakeDrafter, find_drafter
 from kangaroo.drafters.none import NoDrafter
@@ -157,6 +158,8 @@ class Decoder:
         """
         if isinstance(prompts, str):
             raise DataError(f"prompts must be a list, got the text {prompts[:40]!r}; write generate([prompt])")
+        if not isinstance(prompts, Sequence):
+            raise DataError(f"prompts must be a list of texts or conversations, got {shown(prompts)}")
         texts = [TextStream(self.tokenizer, stop) for _ in prompts]
         state, rounds = self._start(prompts, max_tokens, sampling or Sampling())
         pieces: list[list[Piece]] = [[] for _ in prompts]

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kangaroo.checks import shown
 from kangaroo.errors import ModelError
-from kangaroo.model_files import reading_model
+from kangaroo.model_files import check_size, reading_model
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -23,6 +23,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     if dtype is None and device.type == "cpu":
         dtype = fastest_cpu_dtype()
     with reading_model("a causal LM", name):
+        check_size(name, AutoConfig.from_pretrained(name), dtype)
         model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     if missing := sorted(found["missing_keys"]):  # which transformers makes up, at random
         raise ModelError(f"the weights in {name} are not all there: {missing[0]!r} is one of {len(missing)} missing")

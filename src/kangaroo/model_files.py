@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from kangaroo.errors import ModelError
 from kangaroo.inputs import is_file, is_folder, name_path, read_object
+from kangaroo.machine import available_bytes, human_bytes
 
 TABLES = (
     "config.json",
@@ -41,7 +45,8 @@ def reading_model(what: str, name: str | Path) -> Iterator[None]:
     elif _must_be_a_folder(str(name)):
         raise ModelError(f"cannot load {what} from {shown}: no such folder")
     try:
-        yield
+        with _quietly():
+            yield
     except _OF_LOADERS as error:
         raise ModelError(f"cannot load {what} from {shown}: {_first_line(error)}") from None
     except Exception as error:
@@ -49,6 +54,36 @@ def reading_model(what: str, name: str | Path) -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise ModelError(f"cannot load {what} from {shown}: {_first_line(error)}") from None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No bars and no warnings: what they warn of is an error here, or looked for elsewhere."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_size(name: str | Path, config: PretrainedConfig, dtype: torch.dtype | None) -> None:
+    """Raise ModelError if a folder's config describes a model that memory could not hold, before any of it is made."""
+    if not is_folder(Path(name)):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    need = numbers * (dtype or getattr(config, "dtype", None) or torch.float32).itemsize
+    free = available_bytes(torch.device("cpu"))
+    if need > free and not torch.cuda.is_available():
+        raise ModelError(
+            f"the model that {name_path(name)}/config.json describes has {numbers:,} weights, which need "
+            f"{human_bytes(need)} of memory, where {human_bytes(free)} are free"
+        )
 
 
 def _must_be_a_folder(name: str) -> bool:

@@ -52,8 +52,9 @@ class TextStream:
     """Turns one row's tokens into text as they arrive, never splitting a character, holding back possible stops."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        if any(not s for s in stop):
-            raise ConfigError("a stop string must not be empty")
+        stop = (stop,) if isinstance(stop, str) else stop
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise ConfigError(f"stop strings are texts, none of them empty, got {shown(stop)}")
         self._tokenizer, self._stops = tokenizer, [StopString(s) for s in stop]
         self._stream, self._tokens = DecodeStream(skip_special_tokens=True), list[int]()
         self._decoded, self._held = 0, ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kangaroo.checks import need_number
 from kangaroo.errors import AdapterError
-from kangaroo.files import write_atomically, write_json
+from kangaroo.files import write_atomically, write_json, writing
 from kangaroo.fingerprint import same_model
 from kangaroo.inputs import is_file, is_folder, name_path, read_bytes, read_object
 from kangaroo.model import Target
@@ -43,18 +43,21 @@ class TrainedWeights(nn.Module):
         return self._target[0]
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """Write weights and config; each file appears whole or not at all, the config last."""
+        """Write weights and config. Whenever this is cut short, the folder holds the old ones or the new ones."""
         tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        write_atomically(folder / self.file, lambda part: save_file(tensors, part))
+        following = _following(folder / self.file)
+        write_atomically(following, lambda part: save_file(tensors, part))
         table = {
             **asdict(self.config),
             "width": self.target.width,
             "vocab_size": self.target.vocab_size,
             "target_fingerprint": self.target.fingerprint,
-            "weights_sha256": hashlib.sha256((folder / self.file).read_bytes()).hexdigest(),
+            "weights_sha256": hashlib.sha256(following.read_bytes()).hexdigest(),
             "provenance": provenance,
         }
         write_json(folder / CONFIG, table)
+        with writing(folder / self.file):
+            following.replace(folder / self.file)
 
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:
@@ -80,6 +83,11 @@ class TrainedWeights(nn.Module):
         return module.to(target.dtype).eval().requires_grad_(False)
 
 
+def _following(path: Path) -> Path:
+    """Where new weights wait until the config that names them has been written."""
+    return path.with_name(f".{path.name}.next")
+
+
 def _json_type(annotation: Any) -> type:
     return str if get_origin(annotation) is Literal else annotation
 
@@ -103,7 +111,11 @@ def _read_config(folder: Path, file: str, types: Mapping[str, type]) -> dict[str
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    content = read_bytes(path, "weights", AdapterError)
+    following = _following(path)
+    cut_short = (
+        is_file(following) and hashlib.sha256(read_bytes(following, "weights", AdapterError)).hexdigest() == sha256
+    )
+    content = read_bytes(following if cut_short else path, "weights", AdapterError)
     tensors = parse_tensors(content, path)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise AdapterError(f"{path} is damaged: its bytes are not those that config.json was written for")

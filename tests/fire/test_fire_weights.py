@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,34 @@ def test_a_config_that_contradicts_its_weights(values: dict[str, Any], copy: Pat
     path = copy / "target" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
+
+
+def test_a_save_cut_short_at_any_step_leaves_the_old_weights_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = target("llama")
+    old, new = make_adapter(model), make_adapter(model, scale=0.5)
+    steps = 0
+    for broken in range(1, 20):
+        with monkeypatch.context() as patch:
+            old.save(tmp_path, {})
+            count, move = 0, os.replace
+
+            def killed(source: Any, there: Any, move: Any = move) -> None:
+                nonlocal count, steps
+                count += 1
+                if count == broken:  # noqa: B023 (called before the next turn)
+                    raise KeyboardInterrupt
+                move(source, there)
+
+            patch.setattr(os, "replace", killed)
+            try:
+                new.save(tmp_path, {})
+            except KeyboardInterrupt:
+                steps += 1
+        found = Adapter.load(tmp_path, model).attention.o_proj.weight
+        assert any(torch.allclose(found, made.attention.o_proj.weight) for made in (old, new))
+        if count < broken:
+            break
+    assert steps == 3  # weights, config, weights into place
+    assert torch.allclose(found, new.attention.o_proj.weight)

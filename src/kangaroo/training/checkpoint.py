@@ -53,6 +53,7 @@ def save_state(
         "identity": json.dumps(dict(progress.identity)),
         "checksum": _checksum(tensors),
     }
+    metadata["facts"] = _facts_checksum(metadata)
     write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 
@@ -62,6 +63,8 @@ def read_progress(path: Path) -> Progress:
         with safe_open(need_file(path, "state", DataError), framework="pt") as file:
             metadata = file.metadata() or {}
         kinds = {"step": (int,), "best": (float, int, NoneType), "recipe": (dict, NoneType), "identity": (dict,)}
+        if metadata.get("facts", _facts_checksum(metadata)) != _facts_checksum(metadata):
+            raise ValueError("what it says of the run is damaged (checksum)")
         given = {"best": "null", "recipe": "null", "identity": "{}"} | metadata
         found = {name: json.loads(given[name]) for name in kinds}
     except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
@@ -104,6 +107,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         crc = zlib.crc32(name.encode(), crc)
         crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"crc32:{crc:08x}"
+
+
+def _facts_checksum(metadata: Mapping[str, str]) -> str:
+    facts = sorted((name, text) for name, text in metadata.items() if name != "facts")
+    return f"crc32:{zlib.crc32(json.dumps(facts).encode()):08x}"
 
 
 def training_provenance(
