@@ -53,7 +53,7 @@ def save_state(
         "identity": json.dumps(dict(progress.identity)),
         "checksum": _checksum(tensors),
     }
-    metadata["facts"] = _facts_checksum(metadata)
+    metadata["facts"] = facts_checksum(metadata)
     write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 
@@ -63,7 +63,7 @@ def read_progress(path: Path) -> Progress:
         with safe_open(need_file(path, "state", DataError), framework="pt") as file:
             metadata = file.metadata() or {}
         kinds = {"step": (int,), "best": (float, int, NoneType), "recipe": (dict, NoneType), "identity": (dict,)}
-        if metadata.get("facts", _facts_checksum(metadata)) != _facts_checksum(metadata):
+        if metadata.get("facts", facts_checksum(metadata)) != facts_checksum(metadata):
             raise ValueError("what it says of the run is damaged (checksum)")
         given = {"best": "null", "recipe": "null", "identity": "{}"} | metadata
         found = {name: json.loads(given[name]) for name in kinds}
@@ -109,7 +109,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"crc32:{crc:08x}"
 
 
-def _facts_checksum(metadata: Mapping[str, str]) -> str:
+def facts_checksum(metadata: Mapping[str, str]) -> str:
+    """Of all that a state file says beside its tensors."""
     facts = sorted((name, text) for name, text in metadata.items() if name != "facts")
     return f"crc32:{zlib.crc32(json.dumps(facts).encode()):08x}"
 
