@@ -92,7 +92,7 @@ def _section(table: dict[str, Any], name: str, dotted: str) -> dict[str, Any]:
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
-    dotted = ".".join(map(str, first["loc"]))
+    dotted = name_path(".".join(map(str, first["loc"])))
     if first["type"] == "missing":
         return f"{dotted!r} is missing"
     if first["type"] == "value_error":

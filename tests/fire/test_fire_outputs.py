@@ -175,3 +175,12 @@ def test_what_is_printed_for_machines_is_what_the_schema_says(
     build = ("datastore", "build", documents, "--model", model, "--output", str(tmp_path / "x.rest"), "--json")
     assert invoke(*build) == 0
     conforms("datastore build", capsys.readouterr().out)
+
+
+def test_the_document_names_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
+    for verb, kind in VERBS.items():
+        assert f"| `{verb}` |" in text
+        schema = TypeAdapter(kind).json_schema()
+        for part in (schema, *schema.get("$defs", {}).values()):
+            assert all(f"`{name}`" in text for name in part.get("properties", {}))

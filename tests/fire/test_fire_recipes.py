@@ -42,6 +42,7 @@ WRONG = {
     "strings for numbers": {"schedule.steps": '"one"'},
     "booleans for numbers": {"schedule.sequence_length": "true"},
     "unknown": {"shedule.steps": "1"},
+    "unknown and long": {"data." + "x" * 5000: "1"},
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from damage import Refused
 
+from command import invoke
 from kangaroo import load
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
@@ -248,3 +249,21 @@ def test_errors_say_nothing_twice_and_end_on_their_line(model: str, refused: Ref
     line = refused("generate", "--model", model, "--prompt", "x", "--drafter", "rest", "--datastore", "a\nb")
     assert "\n" not in line
     assert issubclass(CapacityError, KangarooError)
+
+
+def test_a_chat_that_overruns_the_context_goes_on_without_what_was_too_much(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = iter(["Where?", "word " * 2000, "Why?", ""])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    assert invoke("generate", "--model", model, "--drafter", "none", "--max-tokens", "3") == 0
+    shown = capsys.readouterr().err
+    assert "the context holds" in " ".join(shown.split())
+    assert "left out" in shown
+    assert shown.count("per round") == 2
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("--version") == 0
+    assert capsys.readouterr().out.startswith("kangaroo ")

@@ -1,6 +1,7 @@
 """The command line: one file per verb, each a thin use of the library. The only place that prints."""
 
 import sys
+from typing import Annotated
 
 import typer
 from transformers.utils.logging import disable_progress_bar
@@ -14,9 +15,10 @@ from kangaroo.cli.generate import generate
 from kangaroo.cli.info import info
 from kangaroo.cli.output import checked_output
 from kangaroo.cli.report import report
-from kangaroo.cli.terminal import print_error
+from kangaroo.cli.terminal import out, print_error
 from kangaroo.cli.train import train
 from kangaroo.errors import KangarooError
+from kangaroo.machine import versions
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Faster text, the same tokens."
@@ -24,6 +26,19 @@ app = typer.Typer(
 for verb in (demo, generate, train, compare, check, info, bench, report):
     app.command()(verb)
 app.add_typer(datastore, name="datastore")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"kangaroo {versions()['kangaroo-decoding']}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Which.")] = False,
+) -> None:
+    """Faster text, the same tokens."""
 
 
 MISUSE: type[Exception] = typer.BadParameter.__mro__[1]  # a wrong option or value, which typer gives no name

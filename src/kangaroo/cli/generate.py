@@ -113,5 +113,12 @@ def chat(decoder: Decoder, ask: Ask) -> None:
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        answer = stream_answer(decoder, messages, ask.max_tokens, ask.sampling, ask.stop)
+        try:
+            answer = stream_answer(decoder, messages, ask.max_tokens, ask.sampling, ask.stop)
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            messages.pop()
+            notes.print(f"{error}; that was left out: say less, or end the chat and begin another")
+            continue
         messages.append({"role": "assistant", "content": answer})
