@@ -296,6 +296,6 @@ def test_build_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert invoke(*options, "--drafter", "none") == 0
     plain = json.loads(capsys.readouterr().out)
     assert drafted["answers"][0]["tokens"] == plain["answers"][0]["tokens"]
-    assert drafted["drafted"] > 0
+    assert drafted["stats"]["drafted"] > 0
     assert invoke(*options, "--drafter", "rest") == 2
     assert "kangaroo datastore build" in capsys.readouterr().err

@@ -9,7 +9,14 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
+)
 
 from kangaroo.errors import ModelError
 from kangaroo.inputs import is_file, is_folder, name_path, read_object
@@ -59,15 +66,15 @@ def reading_model(what: str, name: str | Path) -> Iterator[None]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """No bars and no warnings: what they warn of is an error here, or looked for elsewhere."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    bars, verbosity = is_progress_bar_enabled(), get_verbosity()
+    disable_progress_bar()
+    set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            enable_progress_bar()
 
 
 def check_size(name: str | Path, config: PretrainedConfig, dtype: torch.dtype | None) -> None:

@@ -61,13 +61,13 @@ def make_works(base: Path) -> dict[str, Work]:
 def _training(base: Path) -> Work:
     lesson.make_target(base / "target")
     data = lesson.write_rows(base / "meals.jsonl", lesson.conversations())
-    text = lesson.ADAPTER.replace('output = "{output}"', 'output = "{output}"\nstates = "{output}/states"')
+    recipe = base / "recipe.toml"
+    recipe.write_text(lesson.ADAPTER.format(target=base / "target", output="run"))
 
     def act(folder: Path) -> None:
-        recipe = folder / "recipe.toml"
-        if not recipe.exists():
-            recipe.write_text(text.format(target=base / "target", output=folder / "run"))
-        train(recipe, [data], resume=(folder / "run" / STATE).is_file())
+        run = folder / "run"
+        places = {"output": str(run), "states": str(run / "states")}
+        train(recipe, [data], overrides=places, resume=(run / STATE).is_file())
 
     def result(folder: Path) -> Any:
         return (folder / "run" / "best" / "adapter.safetensors").read_bytes()
