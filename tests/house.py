@@ -11,9 +11,9 @@ import kangaroo
 ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
-    errors files toml cgroup machine documents
+    errors checks inputs files toml cgroup machine chat documents
     tree cache sampling constraints logprobs state
-    fingerprint norms model weights demo demo.smollm2 loading
+    fingerprint norms model tensors weights model_files demo demo.smollm2 loading
     drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
@@ -23,7 +23,7 @@ ORDER = """
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
     drafters
     accept decode
-    text completion arguments streaming decoder hf
+    stops text completion arguments streaming decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench"]
 """Folders that may use everything in ORDER, and none of one another."""

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kangaroo.accept import RULES, clip, emitted_tokens
+from kangaroo.checks import need_whole
 from kangaroo.constraints import run_processor
 from kangaroo.drafters.base import Drafter
-from kangaroo.errors import ConfigError, DataError
+from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.logprobs import TokenLogprobs, token_logprobs
 from kangaroo.model import Target
 from kangaroo.sampling import Sampler
@@ -17,6 +18,8 @@ from kangaroo.state import Committed, Request, State
 from kangaroo.tree import Draft, Placement, Stop, Verdict, place_at
 
 PREFILL_CHUNK = 512
+LARGEST_TREE, LONGEST_DRAFT = 65, 1024
+"""Nodes that a tree may have, a column that keeps it from being a chain included; and nodes of any draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,16 @@ def start(
     if not checked:
         raise DataError("there are no prompts")
     capacity = max(capacity, *(len(r.prompt) + r.max_tokens for r in checked))
-    cache = target.new_cache(len(checked), capacity + drafter.nodes, drafter.cache_layers)
+    # A chain ends where its row does; trees branch, and may have more nodes than that.
+    spare = min(drafter.nodes, max(capacity, LARGEST_TREE), LONGEST_DRAFT)
+    try:
+        cache = target.new_cache(len(checked), capacity + spare, drafter.cache_layers)
+    except CapacityError as error:
+        if spare > LARGEST_TREE:
+            error.add_note(f"{spare} tokens of each row are for drafts: a smaller max_draft needs fewer")
+        raise
     sampler = Sampler([r.sampling for r in checked], target.vocab_size, target.device)
-    state = State(checked, cache, sampler, eos, rule, spare=drafter.nodes)
+    state = State(checked, cache, sampler, eos, rule, spare=spare)
     prefill(target, drafter, state)
     return state
 
@@ -68,6 +78,8 @@ def check_request(request: Request, target: Target) -> Request:
     """The request with `max_tokens` cut to the context, or the error that it deserves."""
     if len(request.prompt) == 0:
         raise DataError("the prompt is empty: it must hold at least one token")
+    for name in ("max_tokens", "min_tokens"):
+        need_whole(name, getattr(request, name), largest=2**63 - 1)
     if request.max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {request.max_tokens}")
     if len(request.prompt) >= target.context:

@@ -20,7 +20,7 @@ from lesson import Lesson
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.training import checkpoint
 from kangaroo.training.adapter import AdapterObjective, Comparison
-from kangaroo.training.checkpoint import STATE, read_progress
+from kangaroo.training.checkpoint import STATE, facts_checksum, read_progress
 from kangaroo.training.loop import Interrupted
 from kangaroo.training.report import Update
 
@@ -161,7 +161,8 @@ def rewrite_progress(path: Path, **changes: Any) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     changed = {key: json.dumps(value) for key, value in changes.items()}
-    save_file(load_file(path), path, metadata={**metadata, **changed})
+    metadata = {**metadata, **changed}
+    save_file(load_file(path), path, metadata={**metadata, "facts": facts_checksum(metadata)})
 
 
 def test_state_from_before_recipes_were_recorded(make_lesson: MakeLesson) -> None:

@@ -13,6 +13,7 @@ from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import DRAFTERS, find_drafter
 from kangaroo.errors import ConfigError
 from kangaroo.loading import DTYPES
+from kangaroo.machine import MOST_THREADS
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -105,8 +106,8 @@ def _value(text: str) -> bool | int | float | str:
 def set_threads(threads: int | None) -> None:
     """Use so many CPU threads; None leaves it to torch."""
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {threads}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(f"--threads must be in 1..{MOST_THREADS}, got {threads}")
         torch.set_num_threads(threads)
 
 
