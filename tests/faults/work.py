@@ -118,14 +118,14 @@ def _saving(chat: Path) -> Work:
 
     def act(folder: Path) -> None:
         for turn in range(40):
-            adapter.norm_in.weight.data.fill_(turn + 1)
+            adapter.layers[0].norm_in.weight.data.fill_(turn + 1)
             adapter.save(folder, {"turn": turn})
 
     def whole(folder: Path) -> None:
         if (folder / "config.json").exists():
             found = Adapter.load(folder, target)
             turn = json.loads((folder / "config.json").read_text())["provenance"]["turn"]
-            assert (found.norm_in.weight == turn + 1).all()
+            assert (found.layers[0].norm_in.weight == turn + 1).all()
 
     return Work(act, whole, lambda folder: (folder / "adapter.safetensors").read_bytes())
 

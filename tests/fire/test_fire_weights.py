@@ -44,7 +44,7 @@ def replace_weights(folder: Path, change: Callable[[Tensors], Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-NORM = "norm_in.weight"
+NORM = "layers.0.norm_in.weight"
 
 
 @pytest.mark.parametrize(

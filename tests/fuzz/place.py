@@ -119,8 +119,8 @@ def models_kept(place: Place) -> Iterator[None]:
     """Command lines of thousands of cases load the same little model once."""
     kept = functools.cache(load_model)
 
-    def take(name: Any, dtype: Any = None) -> Any:
-        return kept(name, dtype) if str(name) == str(place.model) else load_model(name, dtype)
+    def take(name: Any, *given: Any, **options: Any) -> Any:
+        return (kept if str(name) == str(place.model) else load_model)(name, *given, **options)
 
     previous: Callable[..., Any] = decoder_module.load_model
     decoder_module.load_model = take  # type: ignore[attr-defined]
