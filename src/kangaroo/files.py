@@ -74,9 +74,12 @@ def write_json(path: Path, value: Any) -> None:
 def claim(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to a folder, which is made if there is none; released however this one ends.
 
+    A folder that was made, and in which nothing has been written, is gone again afterwards.
+
     Raises ConfigError if another process has it, or if it cannot be written to.
     """
     with writing(folder):
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
@@ -88,4 +91,7 @@ def claim(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and folder.is_dir() and [file.name for file in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
         lock.release()
