@@ -226,6 +226,14 @@ def test_finished_run_has_nothing_left_to_do(make_lesson: MakeLesson) -> None:
     assert run.rows() == rows
 
 
+def test_a_run_decays_when_its_time_has_come(make_lesson: MakeLesson) -> None:
+    run = make_lesson()
+    run.train(schedule__steps=4)
+    run.train(resume=True, schedule__steps=8, schedule__decay_steps=4)
+    rates = [row["learning_rate"] for row in run.rows() if "learning_rate" in row]
+    assert rates[2:] == pytest.approx([5e-3] * 3 + [5e-3 * left for left in (0.75, 0.5, 0.25)])
+
+
 def test_refuses_what_is_not_the_same_run(make_lesson: MakeLesson) -> None:
     run = make_lesson()
     with pytest.raises(ConfigError, match="nothing to resume"):

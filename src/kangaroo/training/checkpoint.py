@@ -137,6 +137,7 @@ FREE = frozenset(
         "states",
         "states_gigabytes",
         "schedule.steps",  # longer or shorter; the decay moves with the end, and what has been learnt stays
+        "schedule.decay_steps",  # likewise: a run of unknown length decays when its time comes
         "run.checkpoint_every",
         "run.evaluate_every",
         "run.tensorboard",
