@@ -35,8 +35,10 @@ Views = dict[int, tuple[Tensor, Tensor]]
 class KVCache:
     """Keys and values of every layer, allocated once: [B, heads, S, dim] each."""
 
-    def __init__(self, shapes: Sequence[LayerShape], batch: int, slots: int):
+    def __init__(self, shapes: Sequence[LayerShape], batch: int, slots: int, block: int = 1):
+        """`slots` are for tokens; storage is rounded up to whole blocks, for attention that reads nothing less."""
         self.slots = slots
+        slots = -(-slots // block) * block
         # Layers of one shape share a tensor [L, B, heads, S, dim], so that one call makes views of them all.
         self._stacks: list[tuple[range, Tensor, Tensor]] = []
         for shape, alike in groupby(range(len(shapes)), key=shapes.__getitem__):

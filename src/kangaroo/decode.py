@@ -124,7 +124,7 @@ def prefill(target: Target, drafter: Drafter, state: State, rows: Tensor | None 
     for begin in range(0, longest, PREFILL_CHUNK):
         width = min(PREFILL_CHUNK, longest - begin)
         positions = torch.arange(begin, begin + width, device=target.device).expand(len(chosen), width)
-        where = place_at(positions, begin + width, rows, begin)
+        where = place_at(positions, begin + width, rows, begin, prompt=True)
         x = target.embed(state.tokens[chosen, begin : begin + width])
         _, features = target.run(x, where, state.cache, taps=drafter.taps)
         drafter.observe(state, state.commit_prompt(begin, width, where, features))

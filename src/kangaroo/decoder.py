@@ -188,6 +188,7 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     allow_other_target: bool = False,
+    exact: bool = True,
     **settings: Any,
 ) -> Decoder:
     """A Decoder for a model: "demo" (SmolLM2-135M-Instruct), a folder, a hub name, or a model already loaded.
@@ -198,7 +199,8 @@ def load(
     relative of the model they were trained for: the text stays the target's own, fewer drafts are accepted.
 
     The model goes on the GPU if there is one. `dtype` defaults to the checkpoint's there and to what a CPU runs fastest
-    otherwise. For device maps or quantisation, load the model with transformers and pass it in.
+    otherwise. For device maps or quantisation, load the model with transformers and pass it in. `exact=False` gives up
+    the same bits with drafts and without, for what that costs (docs/speed.md).
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
@@ -222,7 +224,7 @@ def load(
         name = tokenizer or loaded.config._name_or_path
         tokenizer = load_tokenizer(name, revision if tokenizer is None else None, trust_remote_code=trust_remote_code)
     plain = Decoder(
-        Target(loaded),
+        Target(loaded, exact=exact, pack=loaded is not model),
         NoDrafter,
         Tokenizer(tokenizer),
         end_tokens(loaded),

@@ -95,3 +95,10 @@ def claim(folder: Path) -> Iterator[None]:
             (folder / LOCK).unlink()
             folder.rmdir()
         lock.release()
+
+
+def cache_folder() -> Path:
+    """Where this library keeps what can be made again: KANGAROO_CACHE, or `kangaroo` in the user's cache folder."""
+    if own := os.environ.get("KANGAROO_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kangaroo"

@@ -6,74 +6,30 @@ than this is refused instead of decoded wrongly.
 """
 
 import copy
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kangaroo.cache import KVCache, LayerShape, Views
+from kangaroo.attention import OWN, steady
+from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
+from kangaroo.families import FAMILIES, FULL, ROTARY_IN_SLIDING_LAYERS_ONLY, SLIDING, context_limit, layer_kinds
 from kangaroo.fingerprint import fingerprint
 from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.norms import with_fused_norms
+from kangaroo.passes import Attention, Pass, computing, count_weights
+from kangaroo.rotary import RotaryTables
+from kangaroo.settle import settle
 from kangaroo.tree import Placement, place_chain, sequence
+from kangaroo.trial import Exactness
+from kangaroo.window import CacheWindow, Recorder
 
-# Families whose layers are driven exactly by one loop (embedding, layers, final norm, head). Others must prove it.
-FAMILIES = frozenset(
-    """
-    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 smollm3 granite
-    starcoder2 cohere cohere2 stablelm helium glm glm4 nemotron exaone4 ministral seed_oss apertus arcee
-    ernie4_5 mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3
-    """.split()  # noqa: SIM905 (a list of 33 would take 33 lines)
-)
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Families without layer types that look through `sliding_window` in every layer.
-WINDOWED_THROUGHOUT = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})
 TRIAL = 8  # tokens of the check at load time
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Families that rotate keys and queries in their sliding layers only: an adapter needs a layer that knows positions.
-ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
-
-
-class _Window(Cache):  # type: ignore[misc]
-    """A placement's slots of some layers of a KVCache, presented through transformers' public cache interface."""
-
-    def __init__(self, cache: KVCache, where: Placement, layers: range):
-        super().__init__(layers=[])
-        self._cache, self._where, self._extent = cache, where, where.mask.shape[-1]
-        self._seen: Views | None = None
-        self._new: Views | None = None
-        if where.rows is None:
-            self._seen = cache.visible(self._extent)
-            if where.start is not None:  # then slots are written by a copy: no index, no scatter
-                self._new = cache.views(layers, where.start, where.start + where.slots.shape[1])
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        if self._new is None:
-            self._cache.write(layer_idx, self._where.slots, key_states, value_states, self._where.rows)
-        else:
-            keys, values = self._new[layer_idx]
-            keys.copy_(key_states)
-            values.copy_(value_states)
-        if self._seen is not None:
-            return self._seen[layer_idx]
-        return self._cache.read(layer_idx, self._extent, self._where.rows)
-
-
-class _Recorder(Cache):  # type: ignore[misc]
-    """Notes what a layer would store, and stores nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.shapes: dict[int, LayerShape] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
-        self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype, key_states.device)
-        return key_states, value_states
 
 
 class Target:
@@ -83,7 +39,11 @@ class Target:
     ignores masks, NaN weights, or logits that differ from the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, exact: bool = True, pack: bool = False):
+        """`exact` has every pass give a token the same bits, where this machine can; without it, whatever is fastest.
+
+        `pack` lets the model's linears be replaced by packed ones that keep no plain copy: for models nobody else uses.
+        """
         self.model, self.config = model.eval(), model.config.get_text_config()
         self._refuse_what_cannot_work()
         base = model.base_model
@@ -91,15 +51,32 @@ class Target:
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
         self._norm = base.norm if hasattr(base, "norm") else base.final_layernorm
         self._embedding, self._head = model.get_input_embeddings(), model.lm_head
-        self._rotary = base.rotary_emb
         self.num_layers, self.width = len(self.layers), int(self.config.hidden_size)
         self.vocab_size = int(self._head.weight.shape[0])
         self.device, self.dtype = self._embedding.weight.device, model.dtype
         self.context, self._kinds = context_limit(self.config), layer_kinds(self.config, self.num_layers)
         self._window = int(getattr(self.config, "sliding_window", None) or 0)
         self._embedding_scale: float = 1.0
-        self._tables: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._rotary = RotaryTables(base.rotary_emb, self.width, self.context, self.device)
+        self._way: Attention | None = None
         self._check()
+        self.fingerprint, self.parameters = self._fingerprint(), count_weights(model)
+        """What tells this target from others, equal in whatever precision it was loaded; how many weights it has."""
+        self._threads = torch.get_num_threads()
+        self._exactness = settle(self, exact=exact, pack=pack)
+
+    def compute_by(self, way: Attention | None) -> None:
+        """Have passes with a cache take their attention this way; None leaves it to the model."""
+        self._way, self._head = way, self.model.lm_head
+        self._run_as = [with_fused_norms(layer) for layer in self.layers]
+
+    @property
+    def exactness(self) -> Exactness:
+        """What is promised of this target's texts, and why."""
+        threads = torch.get_num_threads()
+        if self._exactness.level == "bitwise" and threads != self._threads and self.device.type == "cpu":
+            return Exactness("ties", f"tried with {self._threads} threads, but there are {threads} now")
+        return self._exactness
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, N] -> the residual stream before the first layer, [B, N, D]."""
@@ -123,19 +100,41 @@ class Target:
         """
         stop = self.num_layers if stop is None else stop
         features = {start: x} if start in taps else {}
-        past = None if cache is None else _Window(cache, where, range(start, stop))
-        inputs = {kind: self._layer_inputs(kind, where, x) for kind in set(self._kinds[start:stop])}
-        for index in range(start, stop):
-            x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[self._kinds[index]])
-            if index + 1 in taps:
-                features[index + 1] = x.to(self.device)
+        way = None if cache is None else self._way
+        past = None if cache is None else CacheWindow(cache, where, range(start, stop), _extent(where, way))
+        inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in set(self._kinds[start:stop])}
+        with self._computing(where, way):
+            for index in range(start, stop):
+                kind = self._kinds[index]
+                x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[kind])
+                if index + 1 in taps:
+                    features[index + 1] = x.to(self.device)
         return x.to(self.device), features
+
+    @contextmanager
+    def _computing(self, where: Placement, way: Attention | None) -> Iterator[None]:
+        if way is None:
+            yield
+            return
+        assert where.start is not None or not where.prompt, "prompts stand at the same positions in all rows"
+        one = Pass(way, where.start if where.prompt else None, self._paths(where, way))
+        with steady(self.config, one):
+            yield
+
+    def _paths(self, where: Placement, way: Attention) -> Tensor | None:
+        if not where.branches:
+            return None
+        if "paths" not in where.derived:
+            where.derived["paths"] = (where.paths(_extent(where, way)),)
+        return where.derived["paths"][0]
 
     def prepare(self, where: Placement) -> Placement:
         """The same placement with masks and rotary embeddings made, for callers that run it slice by slice."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         for kind in set(self._kinds):
-            self._layer_inputs(kind, where, like)
+            self._layer_inputs(kind, where, like, self._way)
+        if self._way is not None:
+            self._paths(where, self._way)
         return where
 
     def norm(self, x: Tensor) -> Tensor:
@@ -144,7 +143,8 @@ class Target:
 
     def logits(self, x: Tensor) -> Tensor:
         """The head alone, its scaling and soft-cap included: normed states [B, N, D] -> [B, N, V]."""
-        return self.scale_logits(self._head(x)).to(self.device)
+        with computing(None if self._way is None else Pass(self._way)):
+            return self.scale_logits(self._head(x)).to(self.device)
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What the family does to the output of the head's matrix."""
@@ -159,7 +159,7 @@ class Target:
     def attend(self, attention: nn.Module, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """Run an attention module made by `new_attention` on normed states x [B, N, D]."""
         own = cast(int, attention.layer_idx)
-        past = None if cache is None else _Window(cache, where, range(own, own + 1))
+        past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), where.mask.shape[-1])
         return attention(x, past_key_values=past, **self._layer_inputs(self._adapter_kind, where, x))[0]  # type: ignore[no-any-return]
 
     def new_attention(self, place: int = 0) -> nn.Module:
@@ -194,7 +194,7 @@ class Target:
 
     def storage_shape(self, attention: nn.Module) -> LayerShape:
         """What a module made by `new_attention` stores per slot."""
-        recorder, like = _Recorder(), next(attention.parameters())
+        recorder, like = Recorder(), next(attention.parameters())
         x = torch.zeros(1, 1, self.width, dtype=like.dtype, device=like.device)
         where = sequence(1, 1, like.device)
         with torch.no_grad():
@@ -207,20 +207,18 @@ class Target:
 
         Raises CapacityError, before anything is allocated, if it cannot fit.
         """
-        shapes = [*self._shapes, *extra]
+        shapes, block = [*self.shapes, *extra], 1 if self._way is None else self._way.block
         for device in {shape.device for shape in shapes}:
-            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * slots
+            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * _up(slots, block)
             free = available_bytes(device)
             if needed > free:
                 raise CapacityError(
                     f"the KV cache of {batch} rows of {slots} tokens needs {human_bytes(needed)} on {device}, where "
                     f"{human_bytes(free)} are free; use a smaller batch, shorter prompts or fewer max_tokens"
                 )
-        return KVCache(shapes, batch, slots)
+        return KVCache(shapes, batch, slots, block)
 
-    @property
-    def fingerprint(self) -> str:
-        """What tells this target from others; equal in whatever precision it was loaded."""
+    def _fingerprint(self) -> str:
         config = self.config
         structure = [config.model_type, self.width, self.num_layers, self.vocab_size, self._kinds, self._window]
         plain = [self._embedding.weight, *self._norm.parameters()]
@@ -232,45 +230,31 @@ class Target:
         quantised = getattr(self.config, "quantization_config", None) is not None
         return quantised or any(parameter.device.type == "meta" for parameter in self.model.parameters())
 
-    def _layer_inputs(self, kind: str, where: Placement, x: Tensor) -> dict[str, Any]:
-        key = (kind, x.dtype)
+    def _layer_inputs(self, kind: str, where: Placement, x: Tensor, way: Attention | None = None) -> dict[str, Any]:
+        key = (kind, x.dtype, way)
         if key not in where.derived:
-            where.derived[key] = (self._attention_mask(kind, where, x.dtype), *self._rotate(kind, where, x))
+            extent = where.mask.shape[-1]
+            rotary = self._rotary.rows(kind, where.positions, extent, x.dtype)
+            where.derived[key] = (self._attention_mask(kind, where, x.dtype, way), *rotary)
         blocked, cos, sin = where.derived[key]
         return {"attention_mask": blocked, "position_ids": where.positions, "position_embeddings": (cos, sin)}
 
-    def _attention_mask(self, kind: str, where: Placement, dtype: torch.dtype) -> Tensor:
+    def _attention_mask(self, kind: str, where: Placement, dtype: torch.dtype, way: Attention | None) -> Tensor:
         """The additive attention mask [B, 1, N, S]."""
-        visible = where.mask
+        visible, positions, slots = where.mask, where.positions[..., None], where.slot_positions[:, None]
+        if way is not None and where.branches:  # every node finds its own path in order
+            slots = torch.arange(visible.shape[-1], device=visible.device)
+            visible = slots <= positions
         if kind == SLIDING:
-            near = where.slot_positions[:, None] > where.positions[..., None] - self._window
-            visible = visible & near
-        blocked = torch.zeros_like(visible, dtype=dtype)
-        return blocked.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-    def _rotate(self, kind: str, where: Placement, x: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotary_table(kind, where.mask.shape[-1], x)
-        at = where.positions.clamp_max(cos.shape[0] - 1)  # only padding can lie past the context
-        return cos[at], sin[at]
-
-    def _rotary_table(self, kind: str, extent: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        # One table per layer type: gathering rows is far cheaper than the rotary module at every step, and its values
-        # do not depend on which other rows share the batch.
-        size = min(extent, self.context)
-        table = self._tables.get((kind, x.dtype))
-        if table is None or len(table[0]) < size:
-            size = min(self.context, max(size, 2 * (0 if table is None else len(table[0]))))
-            positions = torch.arange(size, device=self.device)[None]
-            typed = "layer_type" in inspect.signature(self._rotary.forward).parameters
-            with torch.inference_mode(False), torch.no_grad():
-                like = torch.zeros(1, 1, self.width, dtype=x.dtype, device=self.device)
-                cos, sin = self._rotary(like, positions, kind) if typed else self._rotary(like, positions)
-            table = self._tables[kind, x.dtype] = (cos[0], sin[0])
-        return table
+            visible = visible & (slots > positions - self._window)
+        blocked = torch.full((*visible.shape[:2], _extent(where, way)), torch.finfo(dtype).min, dtype=dtype)
+        blocked = blocked.to(visible.device)
+        blocked[..., : visible.shape[-1]].masked_fill_(visible, 0.0)
+        return blocked[:, None]
 
     def _refuse_what_cannot_work(self) -> None:
         implementation = self.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
+        if implementation not in OWN:
             raise ModelError(
                 f"attention implementation {implementation!r} cannot take tree masks; load the model with "
                 'attn_implementation="sdpa" (or "eager")'
@@ -315,7 +299,7 @@ class Target:
         if not torch.isfinite(wanted).all():
             raise ModelError("the model's logits are not finite; its weights are too large for its precision")
         self._embedding_scale = self._find_embedding_scale(tokens, first_input)
-        self._shapes = self._record_shapes(tokens)
+        self.shapes = self._record_shapes(tokens)
         got = self._check_logits(tokens)
         return float((got - wanted).abs().mean() / wanted.abs().mean().clamp_min(1e-9))
 
@@ -342,7 +326,7 @@ class Target:
         raise ModelError(f"{self.config.model_type} models are not supported: their embedding is not scaled uniformly")
 
     def _record_shapes(self, tokens: Tensor) -> list[LayerShape]:
-        recorder, where = _Recorder(), sequence(1, tokens.shape[1], self.device)
+        recorder, where = Recorder(), sequence(1, tokens.shape[1], self.device)
         x = self.embed(tokens)
         for index in range(self.num_layers):
             inputs = self._layer_inputs(self._kinds[index], where, x)
@@ -355,7 +339,7 @@ class Target:
 
     def _check_logits(self, tokens: Tensor) -> Tensor:
         length, half = tokens.shape[1], self.num_layers // 2
-        cache = KVCache(self._shapes, 1, length)
+        cache = KVCache(self.shapes, 1, length)
         ahead = []
         for i in range(length):
             where = place_chain(torch.tensor([i], device=self.device), 1, length)
@@ -365,30 +349,13 @@ class Target:
         return self.logits(self.norm(x))
 
 
-def layer_kinds(config: Any, layers: int) -> list[str]:
-    """The attention type of every layer, as masks and rotary embeddings are chosen by it."""
-    if kinds := getattr(config, "layer_types", None):
-        unknown = set(kinds) - {FULL, SLIDING}
-        if unknown:
-            raise ModelError(f"layers of type {sorted(unknown)[0]!r} are not supported")
-        return list(kinds[:layers])
-    # Some checkpoints carry a window that their family ignores.
-    windowed = config.model_type in WINDOWED_THROUGHOUT or config.model_type not in FAMILIES
-    return [SLIDING if windowed and getattr(config, "sliding_window", None) else FULL] * layers
+def _extent(where: Placement, way: Attention | None) -> int:
+    """How many slots a pass looks at."""
+    return _up(where.mask.shape[-1], 1 if way is None else way.block)
 
 
-def context_limit(config: Any) -> int:
-    """The longest text a model may see.
-
-    Rotary embeddings that change with the length of the text (dynamic NTK, longrope) would make a row depend on its
-    neighbours and on the past; such models are held to the length up to which they do not change.
-    """
-    limit = int(config.max_position_embeddings)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for settings in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
-        if settings.get("rope_type") == "longrope":
-            limit = min(limit, int(settings.get("original_max_position_embeddings") or limit))
-    return limit
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def check_exit_layer(exit_layer: int, target: Target) -> None:

@@ -69,6 +69,8 @@ class Placement:
     """[B] the cache rows these nodes belong to; None for all rows in order."""
     start: int | None = None
     """The slot of node 0 where the host knows that it is the same in every row, and the others follow in order."""
+    prompt: bool = False
+    """Whether these are pieces of prompts, which are run in a way of their own."""
     derived: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
     """What a model has made of this placement; nodes are the last dimension but one. Slices inherit it."""
 
@@ -81,8 +83,22 @@ class Placement:
             self.slot_positions,
             self.rows,
             None if self.start is None else self.start + nodes.indices(self.slots.shape[1])[0],
+            self.prompt,
             {key: tuple(tensor[..., nodes, :] for tensor in made) for key, made in self.derived.items()},
         )
+
+    @property
+    def branches(self) -> bool:
+        """Whether nodes may stand at other slots than their positions."""
+        return self.slots is not self.positions
+
+    def paths(self, extent: int) -> Tensor:
+        """[B, N, extent] the slot of every token that a node sees, by its position; of the rest, some slot."""
+        batch, nodes, slots = self.mask.shape
+        found = torch.zeros(batch, nodes, extent + 1, dtype=torch.int64, device=self.mask.device)
+        at = torch.where(self.mask, self.slot_positions[:, None], extent)
+        every = torch.arange(slots, device=self.mask.device).expand(batch, nodes, slots)
+        return found.scatter_(2, at, every)[..., :extent]
 
 
 def chain(batch: int, nodes: int, device: torch.device | None = None) -> Tensor:
@@ -123,11 +139,13 @@ def place_chain(lengths: Tensor, nodes: int, extent: int, start: int | None = No
     return place_at(lengths[:, None] + torch.arange(nodes, device=lengths.device), extent, start=start)
 
 
-def place_at(positions: Tensor, extent: int, rows: Tensor | None = None, start: int | None = None) -> Placement:
+def place_at(
+    positions: Tensor, extent: int, rows: Tensor | None = None, start: int | None = None, prompt: bool = False
+) -> Placement:
     """Nodes of one unbranched sequence per row, at the slots that equal their positions [B, N]."""
     every = torch.arange(extent, device=positions.device)
     mask = every <= positions[..., None]
-    return Placement(positions, positions, mask, every.expand(len(positions), -1), rows, start)
+    return Placement(positions, positions, mask, every.expand(len(positions), -1), rows, start, prompt)
 
 
 def sequence(batch: int, length: int, device: torch.device | None = None) -> Placement:

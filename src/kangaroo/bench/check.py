@@ -1,12 +1,14 @@
 """Is a drafter lossless on a model? Every answer against plain decoding, prompt by prompt, token by token."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
 
+from kangaroo.bench.bits import Noting, NotingTarget, differing
 from kangaroo.decode import decode, start
 from kangaroo.decoder import Decoder
 from kangaroo.drafters import MakeDrafter
@@ -14,10 +16,9 @@ from kangaroo.drafters.none import NoDrafter
 from kangaroo.machine import available_bytes
 from kangaroo.sampling import Prefix, Sampler, Sampling
 from kangaroo.state import Request
+from kangaroo.trial import Exactness
 
 MINIMUM_TOKENS = 2000
-TIE = 0.125
-"""Scores this close are a tie in half precision: a few units in the last place of a logit between 8 and 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,27 @@ class Divergence:
     got: int
     gap: float
     """Between the two best scores there (logits after processors, plus noise), in the model's own precision."""
+    bound: float
+    """The widest gap that rounding explains (`tie_bound`)."""
     float64: int | None
     """The token a float64 copy of the model draws there; None if such a copy does not fit in memory."""
 
     @property
     def is_tie(self) -> bool:
-        """Whether rounding explains it: a gap below TIE, and float64 takes one of the two sides."""
-        return self.gap < TIE and self.float64 in (self.expected, self.got)
+        """Whether rounding explains it: the gap is within its bound, and float64 takes one of the two sides."""
+        return self.gap <= self.bound and self.float64 in (self.expected, self.got)
+
+
+def tie_bound(dtype: torch.dtype, layers: int, largest: float, temperature: float) -> float:
+    """The widest gap between two scores whose order rounding can turn.
+
+    A layer adds to the residual stream twice, and each sum is rounded: an error of at most u times its size, u being
+    half the distance from 1 to the next number of the precision. Errors of 2 L + 1 roundings, the head's among them,
+    add up as a random walk's do, and a logit is off by about u sqrt(2 L + 1) times the `largest`. Two passes may each
+    be off by as much at either of two scores: four times that, over the temperature that scores are divided by.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    return 4 * unit * math.sqrt(2 * layers + 1) * largest / (temperature or 1.0)
 
 
 @dataclass(slots=True)
@@ -67,16 +82,23 @@ class Rounds:
 class CheckReport:
     """What a check found."""
 
+    exactness: Exactness
+    """What the target promises."""
     tokens: int = 0
     answers: int = 0
+    bits: int = 0
+    """Tokens whose logits differ in some bit from plain decoding's, up to the first token that differs."""
     rounds: Rounds = field(default_factory=Rounds)
     differences: list[Divergence] = field(default_factory=list)
 
     @property
     def problem(self) -> str | None:
         """Why the check did not pass, or None."""
-        if self.differences:
-            return f"{len(self.differences)} of {self.answers} answers differ"
+        wrong = [found for found in self.differences if self.exactness.level == "bitwise" or not found.is_tie]
+        if wrong:
+            return f"{len(wrong)} of {self.answers} answers differ"
+        if self.bits and self.exactness.level == "bitwise":
+            return f"the logits of {self.bits} of {self.tokens} tokens differ in some bit"
         if self.tokens < MINIMUM_TOKENS:
             return f"only {self.tokens} tokens were compared; {MINIMUM_TOKENS} are the least that means anything"
         if self.rounds.some + self.rounds.all == 0:
@@ -93,13 +115,21 @@ SAMPLINGS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The tokens of an answer, and for each a number that stands for the bits of the logits it was chosen from."""
+
+    tokens: list[int]
+    bits: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Expected:
     """Plain decoding of every prompt alone: what any drafter's answers are compared with."""
 
     prompts: Sequence[Sequence[int]]
     samplings: Sequence[Sampling]
     max_tokens: int
-    answers: list[list[list[int]]]
+    answers: list[list["Answer"]]
     """Per sampling, per prompt."""
 
 
@@ -121,19 +151,32 @@ def expect(
 
 def check(decoder: Decoder, expected: Expected, *, batches: Sequence[int]) -> CheckReport:
     """Compare the decoder's answers, in batches of every size, with those expected."""
-    result, prompts = CheckReport(), expected.prompts
+    result, prompts = CheckReport(decoder.target.exactness), expected.prompts
     for sampling, wanted in zip(expected.samplings, expected.answers, strict=True):
         for batch in batches:
             for first in range(0, len(prompts), batch):
                 part = prompts[first : first + batch]
                 got = _answers(decoder, decoder.make_drafter, part, sampling, expected.max_tokens, result.rounds)
                 for index, answer in enumerate(got, first):
-                    result.answers += 1
-                    result.tokens += max(len(wanted[index]), len(answer))
-                    if answer != wanted[index]:
-                        found = find_divergence(decoder, prompts[index], wanted[index], answer, sampling)
+                    found = _compare(result, wanted[index], answer, decoder, prompts[index], sampling)
+                    if found is not None:
                         result.differences.append(replace(found, prompt=index, batch=batch))
     return result
+
+
+def _compare(
+    result: CheckReport, wanted: Answer, got: Answer, decoder: Decoder, prompt: Sequence[int], sampling: Sampling
+) -> Divergence | None:
+    """Count one answer, and describe where it departs from the one wanted, if it does."""
+    result.answers += 1
+    result.tokens += max(len(wanted.tokens), len(got.tokens))
+    pairs = zip(wanted.tokens, got.tokens, strict=False)
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(wanted.tokens), len(got.tokens)) - 1)
+    # The first token that differs was still chosen after the same text.
+    result.bits += differing(wanted.bits, got.bits, same + 1)
+    if got.tokens == wanted.tokens:
+        return None
+    return find_divergence(decoder, prompt, wanted.tokens, got.tokens, sampling)
 
 
 def _answers(
@@ -143,16 +186,17 @@ def _answers(
     sampling: Sampling,
     max_tokens: int,
     rounds: Rounds | None,
-) -> list[list[int]]:
-    drafter = make_drafter()
-    state = start(decoder.target, drafter, [Request(p, sampling, max_tokens) for p in prompts], eos=decoder.eos)
+) -> list[Answer]:
+    target = NotingTarget(decoder.target)
+    drafter = Noting(make_drafter(), target, len(prompts))
+    state = start(target, drafter, [Request(p, sampling, max_tokens) for p in prompts], eos=decoder.eos)
     texts: list[list[int]] = [[] for _ in prompts]
-    for done in decode(decoder.target, drafter, state):
+    for done in decode(target, drafter, state):
         for row, emitted in enumerate(done.emitted):
             texts[row].extend(emitted)
             if rounds is not None and emitted:
                 rounds.add(done.drafted[row], len(emitted) - 1)
-    return texts
+    return [Answer(text, bits) for text, bits in zip(texts, drafter.bits, strict=True)]
 
 
 @torch.inference_mode()
@@ -163,21 +207,25 @@ def find_divergence(
     # Where one answer is the beginning of the other, the missing token counts as -1.
     pairs = list(zip_longest(expected, got, fillvalue=-1))
     at = next(place for place, (wanted, found) in enumerate(pairs) if wanted != found)
-    scores = _scores(decoder.target.model, prompt, expected[:at], sampling)
+    scores, largest = _scores(decoder.target.model, prompt, expected[:at], sampling)
     best = scores.topk(2).values
     float64 = None
     size = 8 * sum(p.numel() for p in decoder.target.model.parameters())
     if size < available_bytes(decoder.target.device):
         precise = copy.deepcopy(decoder.target.model).double()
-        float64 = int(_scores(precise, prompt, expected[:at], sampling).argmax())
-    return Divergence(0, sampling.temperature, 1, at, *pairs[at], float(best[0] - best[1]), float64)
+        float64 = int(_scores(precise, prompt, expected[:at], sampling)[0].argmax())
+    target = decoder.target
+    bound = tie_bound(target.dtype, target.num_layers, largest, sampling.temperature)
+    return Divergence(0, sampling.temperature, 1, at, *pairs[at], float(best[0] - best[1]), bound, float64)
 
 
-def _scores(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling) -> torch.Tensor:
-    """Perturbed scores [V] of the next token, by the model's own forward pass: no cache, no batch, no drafter."""
+def _scores(
+    model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling
+) -> tuple[torch.Tensor, float]:
+    """Perturbed scores [V] of the next token and its largest logit, by the model's own pass: no cache, no batch."""
     text = torch.tensor([[*prompt, *answer]], device=next(model.parameters()).device)
     logits = model(text, use_cache=False).logits[:, -1:]
     sampler = Sampler([sampling], logits.shape[-1], text.device)
     last = torch.tensor([text.shape[1] - 1], device=text.device)
     prefix = Prefix(text, last, torch.full_like(last, len(prompt)), text[:, -1:], torch.full_like(text[:, -1:], -1))
-    return sampler.perturb(sampler.scores(logits, prefix), last[:, None] + 1)[0, 0]
+    return sampler.perturb(sampler.scores(logits, prefix), last[:, None] + 1)[0, 0], float(logits.abs().max())

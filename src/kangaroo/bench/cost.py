@@ -1,5 +1,7 @@
 """What `kangaroo info` and reports say of a decoder: its sizes, and what its rounds cost."""
 
+from dataclasses import asdict
+
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
@@ -13,6 +15,7 @@ from kangaroo.drafters.kangaroo.costs import Costs, measure_costs
 from kangaroo.drafters.kangaroo.lookup import KangarooLookup
 from kangaroo.drafters.kangaroo.tree import KangarooTree
 from kangaroo.drafters.medusa.drafter import Medusa, MedusaTree
+from kangaroo.passes import count_weights
 
 SELF_DRAFTING = (Kangaroo, KangarooTree, KangarooLookup)
 """What drafts with the target's first layers."""
@@ -41,28 +44,28 @@ def trained_parameters(decoder: Decoder) -> int:
     """Weights that were trained for the decoder's drafter: an adapter's, heads', a draft model's; else 0."""
     drafter = decoder.make_drafter()
     module: nn.Module | None = None
+    if isinstance(drafter, DraftModel):
+        return drafter.model.parameters
     if isinstance(drafter, SELF_DRAFTING):
         module = drafter.model.adapter
     elif isinstance(drafter, Medusa | MedusaTree):
         module = drafter.heads
-    elif isinstance(drafter, DraftModel):
-        module = drafter.model.model
-    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+    return count_weights(module) if module is not None else 0
 
 
 def describe(decoder: Decoder) -> dict[str, object]:
     """What `kangaroo info` shows: sizes, exit layer, precision and the cost of drafting."""
     target, drafter = decoder.target, decoder.make_drafter()
-    parameters = sum(p.numel() for p in target.model.parameters())
     facts: dict[str, object] = {
         "family": target.config.model_type,
-        "parameters": parameters,
+        "parameters": target.parameters,
         "layers": target.num_layers,
         "width": target.width,
         "vocabulary": target.vocab_size,
         "context": target.context,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
+        "exactness": asdict(target.exactness),
         "fingerprint": target.fingerprint,
     }
     trained = trained_parameters(decoder)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def describe_run(recipe: BenchRecipe, decoder: Decoder, questions: bytes, traine
         "files": _files(recipe, decoder, trained),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "device": str(decoder.target.device),
+        "exactness": asdict(decoder.target.exactness),
         "resumed": [],
         **surroundings(),
     }

@@ -48,9 +48,10 @@ def check(
     lossless = all(report.problem is None for report in reports.values())
     if as_json:
         facts = {name: _facts(report) for name, report in reports.items()}
-        print_json({"lossless": lossless, "drafters": facts, "left_out": left_out})
+        exactness = asdict(any_decoder.target.exactness)
+        print_json({"lossless": lossless, "exactness": exactness, "drafters": facts, "left_out": left_out})
     else:
-        show_checks(reports, left_out)
+        show_checks(reports, left_out, any_decoder.target.exactness)
     if not lossless:
         raise typer.Exit(1)
 

@@ -46,9 +46,11 @@ def compare(
     ties = {line.method for line in lines if not line.identical and is_tie(plain, tokens, lines[0], line, sampling)}
     if as_json:
         drafters = [asdict(line) | ({} if line.identical else {"tie": line.method in ties}) for line in lines]
-        print_json({"identical": identical, "drafters": drafters, "left_out": left_out})
+        promise = asdict(plain.target.exactness)
+        print_json({"identical": identical, "exactness": promise, "drafters": drafters, "left_out": left_out})
     else:
         out.print(Text(printable(plain.tokenizer.decode(lines[0].tokens)) + "\n"))
+        out.print(f"exactness: {plain.target.exactness}")
         show_lines(lines, left_out, ties)
     if any(not line.identical and line.method not in ties for line in lines):
         raise typer.Exit(1)

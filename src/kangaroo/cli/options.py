@@ -43,6 +43,7 @@ class ModelOptions:
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model on the hub.")
     ] = False
     threads: Threads = None
+    exact: Annotated[bool, typer.Option(help="The same bits with drafts and without, where this machine can.")] = True
 
     def open(self, drafter: str) -> Decoder:
         """The Decoder; settings that are not given keep the drafter's defaults."""
@@ -59,6 +60,7 @@ class ModelOptions:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             allow_other_target=self.allow_other_target,
+            exact=self.exact,
             **self.files,
         )
         return plain if drafter == "none" and not settings else plain.with_drafter(drafter, **settings)

@@ -9,6 +9,14 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class Promise(_Facts):
+    """What the model promises of its texts, and why."""
+
+    level: str
+    """"bitwise" or "ties"."""
+    reason: str
+
+
 class Answer(_Facts):
     """One completed prompt."""
 
@@ -55,6 +63,8 @@ class Difference(_Facts):
     expected: int
     got: int
     gap: float | None
+    bound: float
+    """The widest gap that rounding explains."""
     float64: int | None
     tie: bool
     """Whether rounding explains it."""
@@ -72,8 +82,11 @@ class Rounds(_Facts):
 class Checked(_Facts):
     """One drafter's check."""
 
+    exactness: Promise
     tokens: int
     answers: int
+    bits: int
+    """Tokens whose logits differ in some bit from plain decoding's."""
     rounds: Rounds
     differences: list[Difference]
     problem: str | None
@@ -84,6 +97,7 @@ class Check(_Facts):
     """`check`."""
 
     lossless: bool
+    exactness: Promise
     drafters: dict[str, Checked]
     left_out: dict[str, str]
 
@@ -111,6 +125,7 @@ class Compare(_Facts):
     """`compare`."""
 
     identical: bool
+    exactness: Promise
     drafters: list[ComparedLine]
     left_out: dict[str, str]
 
@@ -132,6 +147,7 @@ class Demo(_Facts):
     prompts_without_repetitions: int
     tokens: int
     temperature: float
+    exactness: Promise
     dtype: str
     threads: int
 

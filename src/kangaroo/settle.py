@@ -1,0 +1,112 @@
+"""How a target is to be computed: its linears and its attention, chosen by trial, and what can be promised of them."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kangaroo.cache import LayerShape
+from kangaroo.parts import find_attention, find_rows
+from kangaroo.passes import Attention, PackedLinear, Rows, SteadyLinear, can_pack, linears
+from kangaroo.trial import Exactness, Tried, attempt, prove
+from kangaroo.verdicts import Verdicts
+
+
+class Settled(Tried, Protocol):
+    """What is settled of a target, under the same names."""
+
+    model: PreTrainedModel
+    config: Any
+    layers: nn.ModuleList
+    shapes: list[LayerShape]
+    dtype: torch.dtype
+    fingerprint: str
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head's matrix."""
+        ...
+
+    def compute_by(self, way: Attention | None) -> None:
+        """Have passes with a cache take their attention this way."""
+        ...
+
+
+def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
+    """Replace what has to be replaced in the target's model, and say what is promised.
+
+    Raises ModelError if the trial cannot be brought to an end.
+    """
+    packs = pack and can_pack(target.dtype, target.device)
+    if not exact:
+        if packs:
+            _replace(target, {}, packs)
+            target.compute_by(None)
+        return Exactness("ties", "not asked for")
+    return attempt(lambda: _try(target, packs))
+
+
+def _try(target: Settled, packs: bool) -> Exactness:
+    verdicts = Verdicts(target.device)
+    implementation = target.config._attn_implementation
+    found = {_shape(linear): find_rows(linear, packs, verdicts) for _, _, linear in _linears(target)}
+    stubborn = [shape for shape, rows in found.items() if rows is None]
+    way = find_attention(target.shapes, int(target.config.num_attention_heads), implementation, _more(target), verdicts)
+    if stubborn or way is None:
+        _replace(target, {}, packs)
+        target.compute_by(None)
+        what = f"linears of shape {stubborn[0][0]}" if stubborn else "attention"
+        exactness = Exactness("ties", f"{what}: no way that was tried gives a token the same bits in every pass")
+    else:
+        _replace(target, {shape: rows for shape, rows in found.items() if rows is not None}, packs)
+        target.compute_by(way)
+        how = _in_words(packs, [rows for rows in found.values() if rows is not None], way.kernel)
+        name = f"model {target.fingerprint} {target.dtype} {implementation} packed {packs}"
+        exactness = prove(target, name, verdicts, how)
+        if exactness.level == "ties":
+            target.compute_by(None)
+    trouble = verdicts.save()
+    return Exactness(exactness.level, f"{exactness.reason}; {trouble}") if trouble else exactness
+
+
+def _linears(target: Settled) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Those whose results reach the text: the layers' and the head."""
+    found = list(linears(target.layers))
+    head = [entry for entry in linears(target.model) if entry[2] is target.head]
+    return found + head
+
+
+def _shape(linear: nn.Linear) -> tuple[tuple[int, ...], bool, torch.dtype]:
+    return tuple(linear.weight.shape), linear.bias is not None, linear.weight.dtype
+
+
+def _replace(target: Settled, rows: dict[Any, Rows], packs: bool) -> None:
+    for parent, name, linear in _linears(target):
+        own = rows.get(_shape(linear))
+        if packs:
+            setattr(parent, name, PackedLinear(linear, own))
+        elif own is not None:
+            setattr(parent, name, SteadyLinear(linear, own))
+
+
+def _more(target: Settled) -> dict[str, Any]:
+    """What the family adds to attention."""
+    attention: Any = target.layers[0].self_attn
+    more: dict[str, Any] = {}
+    if (softcap := getattr(target.config, "attn_logit_softcapping", None)) is not None:
+        more["softcap"] = float(softcap)
+    if (sinks := getattr(attention, "sinks", None)) is not None:
+        more["s_aux"] = torch.zeros_like(sinks)
+    return more
+
+
+def _in_words(packs: bool, rows: list[Rows], kernel: str) -> str:
+    widths = sorted({one.most for one in rows if one.padded})
+    return ", ".join(
+        [
+            "packed linears" if packs else "plain linears",
+            f"some {widths[0]} rows wide" if widths else "any number of rows",
+            "attention query by query" + ("" if kernel == "sdpa" else ", by hand"),
+        ]
+    )

@@ -1,0 +1,50 @@
+"""What a model's layers see of the KV cache: a placement's slots, through transformers' public cache interface."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from kangaroo.cache import KVCache, LayerShape, Views
+from kangaroo.tree import Placement
+
+
+class CacheWindow(Cache):  # type: ignore[misc]
+    """A placement's slots of some layers of a KVCache, presented through transformers' public cache interface."""
+
+    def __init__(self, cache: KVCache, where: Placement, layers: range, extent: int):
+        """`extent` is how many slots the layers look at."""
+        super().__init__(layers=[])
+        self._cache, self._where, self._extent = cache, where, extent
+        self._seen: Views | None = None
+        self._new: Views | None = None
+        if where.rows is None:
+            self._seen = cache.visible(self._extent)
+            if where.start is not None:  # then slots are written by a copy: no index, no scatter
+                self._new = cache.views(layers, where.start, where.start + where.slots.shape[1])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Store a layer's new keys and values, and return all that it may look at."""
+        if self._new is None:
+            self._cache.write(layer_idx, self._where.slots, key_states, value_states, self._where.rows)
+        else:
+            keys, values = self._new[layer_idx]
+            keys.copy_(key_states)
+            values.copy_(value_states)
+        if self._seen is not None:
+            return self._seen[layer_idx]
+        return self._cache.read(layer_idx, self._extent, self._where.rows)
+
+
+class Recorder(Cache):  # type: ignore[misc]
+    """Notes what a layer would store, and stores nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.shapes: dict[int, LayerShape] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Note the shapes of a layer's keys and values, and return them."""
+        heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
+        self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype, key_states.device)
+        return key_states, value_states
