@@ -2,11 +2,11 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
-from kangaroo import __version__
 from kangaroo.cli.output import checked_output, print_error
 from kangaroo.errors import KangarooError
 
@@ -46,7 +46,7 @@ def _not_loaded() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kangaroo {__version__}")
+        typer.echo(f"kangaroo {installed_version('kangaroo-decoding')}")
         raise typer.Exit
 
 
