@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from kangaroo import __version__
 from kangaroo.cli.output import checked_output, print_error
 from kangaroo.errors import KangarooError
 
@@ -46,7 +45,7 @@ def _not_loaded() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kangaroo {__version__}")
+        typer.echo(f"kangaroo {import_module('kangaroo').__version__}")
         raise typer.Exit
 
 
