@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kangaroo.checks import need_whole, shown
+from kangaroo.checks import need_type, need_whole, shown
 from kangaroo.constraints import Processor
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.logprobs import Logprobs
@@ -14,6 +14,8 @@ from kangaroo.text import TextStream, Tokenizer
 
 Samplings = Sampling | Sequence[Sampling] | None
 Processors = Processor | Sequence[Processor | None] | None
+MOST_ANSWERS = 1 << 16
+"""To one prompt in one call, more than memory has rows for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +39,11 @@ class Arguments:
     """One for all prompts, or one for each."""
 
     def __post_init__(self) -> None:
-        if need_whole("n", self.n) < 1:
-            raise ConfigError(f"n is a number of answers to each prompt, at least 1, got {self.n}")
+        if not 1 <= need_whole("n", self.n) <= MOST_ANSWERS:
+            raise ConfigError(f"n is a number of answers to each prompt, in 1..{MOST_ANSWERS}, got {self.n}")
         for name in ("max_tokens", "min_tokens"):
             need_whole(name, getattr(self, name), largest=2**63 - 1)
+        need_type("ignore_eos", self.ignore_eos, bool)
         if not _are_ids(self.stop_token_ids):
             raise ConfigError(f"stop_token_ids is a list of token ids, got {shown(self.stop_token_ids)}")
         if not isinstance(self.logprobs, Logprobs | int | None):

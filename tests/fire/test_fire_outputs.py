@@ -143,7 +143,7 @@ def test_output_to_a_full_disk(arguments: list[str], model: str) -> None:
 
 
 def test_an_interruption_while_the_program_loads() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "generate"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,6 +69,34 @@ def _sample(place: Place, drawn: tuple[dict[str, Any], Any, Any]) -> None:
         ["Where would"], max_tokens=longest, sampling=sampling
     )
     assert drafted[0].tokens == answer.tokens
+
+
+def _requests(place: Place) -> st.SearchStrategy[Any]:
+    names = (
+        "n",
+        "max_tokens",
+        "min_tokens",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+        "sampling",
+        "processor",
+    )
+    ids = st.lists(st.one_of(st.integers(-1, 310), scalars), max_size=3)
+    processor = st.sampled_from([None, *(lambda prompt, output, scores, v=v: v for v in (None, 1.0, math.nan))])
+    drawn = st.dictionaries(st.sampled_from(names), st.one_of(like_number, values, ids, st.integers(0, 4)), max_size=4)
+    return st.tuples(drawn, st.one_of(st.just("Where would"), ids), st.one_of(st.none(), st.none(), processor))
+
+
+def _request(place: Place, drawn: tuple[dict[str, Any], Any, Any]) -> None:
+    given, prompt, processor = drawn
+    given = {"max_tokens": 3, **given, **({} if processor is None else {"processor": processor})}
+    if isinstance(given["max_tokens"], int) and given["max_tokens"] > 12:
+        given["max_tokens"] = 4
+    plain = place.decoder.generate([prompt], **given)
+    drafted = place.decoder.with_drafter("prompt-lookup").generate([prompt], **given)
+    assert [answer.tokens for answer in drafted] == [answer.tokens for answer in plain]
 
 
 def _prompts(place: Place) -> st.SearchStrategy[Any]:
@@ -220,7 +249,8 @@ def _load_tokenizer(place: Place, drawn: tuple[str, str]) -> None:
 OPTIONS = (
     *("--prompt", "--prompts", "--drafter", "--set", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed"),
     *("--stop", "--json", "--raw", "--dtype", "--adapter", "--datastore", "--heads", "--threads", "--min-p", "--limit"),
-    *("--output", "--data", "--batch", "--nonsense", "--help", "--file", "--repeats", "--against"),
+    *("--output", "--data", "--batch", "--nonsense", "--help", "--file", "--repeats", "--against", "--samples"),
+    *("--min-tokens", "--ignore-eos", "--device", "--revision", "--allow-other-target", "--version", "--minutes"),
 )
 
 
@@ -265,6 +295,7 @@ def _stop(place: Place, drawn: tuple[str, list[str]]) -> None:
 TARGETS: dict[str, Fuzzed] = {
     "drafters": Fuzzed(_settings, _draft),
     "samplings": Fuzzed(_sampling, _sample),
+    "requests": Fuzzed(_requests, _request),
     "prompts": Fuzzed(_prompts, lambda p, d: p.decoder.generate(d[0], max_tokens=2, stop=d[1])),
     "adapter configs": Fuzzed(_config, _load_adapter),
     "adapter weights": Fuzzed(_weights, _load_weights),

@@ -2,7 +2,6 @@
 
 import sys
 from importlib import import_module
-from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
@@ -46,7 +45,7 @@ def _not_loaded() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kangaroo {installed_version('kangaroo-decoding')}")
+        typer.echo(f"kangaroo {import_module('kangaroo').__version__}")
         raise typer.Exit
 
 
