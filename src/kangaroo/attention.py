@@ -64,7 +64,8 @@ def attend(one: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     shared = key.shape[1]
     # The heads that share keys and values stand where several queries would.
     rows = query.transpose(1, 2).reshape(batch, nodes, shared, heads // shared, dim)
-    rows = functional.pad(rows, (0, 0, 0, -rows.shape[3] % one.attention.queries))
+    if missing := -rows.shape[3] % one.attention.queries:
+        rows = functional.pad(rows, (0, 0, 0, missing))
     sinks = None if (s := more.get("s_aux")) is None else s.view(1, shared, -1, 1)
     kernel = _Kernel(one.attention, _scale(query, more), more.get("softcap"), sinks)
     if one.paths is not None:

@@ -159,8 +159,10 @@ class Target:
     def attend(self, attention: nn.Module, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """Run an attention module made by `new_attention` on normed states x [B, N, D]."""
         own = cast(int, attention.layer_idx)
-        past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), where.mask.shape[-1])
-        return attention(x, past_key_values=past, **self._layer_inputs(self._adapter_kind, where, x))[0]  # type: ignore[no-any-return]
+        # Of a tree, the target's masks are in the order of paths; else they will do.
+        way = None if cache is None or where.branches else self._way
+        past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
+        return attention(x, past_key_values=past, **self._layer_inputs(self._adapter_kind, where, x, way))[0]  # type: ignore[no-any-return]
 
     def new_attention(self, place: int = 0) -> nn.Module:
         """An untrained attention module of the family's own class that stores K/V as one more layer of the cache.
@@ -247,8 +249,8 @@ class Target:
             visible = slots <= positions
         if kind == SLIDING:
             visible = visible & (slots > positions - self._window)
-        blocked = torch.full((*visible.shape[:2], _extent(where, way)), torch.finfo(dtype).min, dtype=dtype)
-        blocked = blocked.to(visible.device)
+        shape, hidden = (*visible.shape[:2], _extent(where, way)), torch.finfo(dtype).min
+        blocked = torch.full(shape, hidden, dtype=dtype, device=visible.device)
         blocked[..., : visible.shape[-1]].masked_fill_(visible, 0.0)
         return blocked[:, None]
 

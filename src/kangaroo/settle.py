@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kangaroo.cache import LayerShape
+from kangaroo.errors import ModelError
 from kangaroo.parts import find_attention, find_rows
 from kangaroo.passes import Attention, PackedLinear, Rows, SteadyLinear, can_pack, linears
 from kangaroo.trial import Exactness, Tried, attempt, prove
@@ -48,6 +49,7 @@ def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
 
 
 def _try(target: Settled, packs: bool) -> Exactness:
+    _need_the_interface(target)
     verdicts = Verdicts(target.device)
     implementation = target.config._attn_implementation
     found = {_shape(linear): find_rows(linear, packs, verdicts) for _, _, linear in _linears(target)}
@@ -68,6 +70,16 @@ def _try(target: Settled, packs: bool) -> Exactness:
             target.compute_by(None)
     trouble = verdicts.save()
     return Exactness(exactness.level, f"{exactness.reason}; {trouble}") if trouble else exactness
+
+
+def _need_the_interface(target: Settled) -> None:
+    for layer in target.layers:
+        attention: Any = getattr(layer, "self_attn", None)
+        if getattr(attention, "config", None) is not target.config:
+            raise ModelError(
+                f"{target.config.model_type} models do not take their attention from transformers' interface as they "
+                "run, so it cannot be made exact; load with exact=False for the same text up to ties in rounding"
+            )
 
 
 def _linears(target: Settled) -> list[tuple[nn.Module, str, nn.Linear]]:

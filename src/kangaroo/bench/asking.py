@@ -66,6 +66,7 @@ class Asker:
                 category=question.category,
                 method=name,
                 repeat=repeat,
+                exactness=self._decoder.target.exactness.level,
                 turns=[
                     self._turn(mine, plain, None if name in self._drawn else sampling)
                     for mine, plain in zip(asked[name][row], asked[BASELINE][row], strict=True)

@@ -222,7 +222,7 @@ def find_divergence(
 def _scores(
     model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling
 ) -> tuple[torch.Tensor, float]:
-    """Perturbed scores [V] of the next token and its largest logit, by the model's own pass: no cache, no batch."""
+    """Perturbed scores [V] of the next token and its largest logit, by the model's own pass: no cache, no drafter."""
     text = torch.tensor([[*prompt, *answer]], device=next(model.parameters()).device)
     logits = model(text, use_cache=False).logits[:, -1:]
     sampler = Sampler([sampling], logits.shape[-1], text.device)

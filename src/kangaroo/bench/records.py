@@ -82,6 +82,8 @@ class Record(_Frozen):
     """Its name in the recipe; BASELINE is plain decoding in the same loop."""
     repeat: int
     turns: list[Turn]
+    exactness: str | None = None
+    """What the target promised (`Exactness.level`); None in records from before it was tried."""
 
     @property
     def key(self) -> tuple[int | str, str, int]:

@@ -78,6 +78,8 @@ def load_methods(recipe: BenchRecipe, trained: Mapping[str, Path] | None = None)
     trained = trained or {}
     untrained = [method.name for method in recipe.methods if method.train and method.name not in trained]
     assert not untrained, f"{untrained} must be trained first"
+    if recipe.threads is not None:  # before the load, whose trial holds for so many threads only
+        torch.set_num_threads(recipe.threads)
     named: dict[str, Any] = dict(recipe.files)
     plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype, **named)
     drafting = {}
@@ -95,8 +97,6 @@ def measure(
     """As `run_bench`, with methods that are loaded already."""
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     source = str(demo.PROMPTS) if recipe.questions == "demo" else recipe.questions
     content = fetch(source)
     everything = in_running_order(read_questions(content, source, recipe.split))

@@ -78,6 +78,9 @@ def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:
         out.print(
             f"{len(records) - compared} answers with texts of their own, by rejection: {', '.join(sorted(drawn))}"
         )
+    levels = sorted({record.exactness for record in records if record.exactness})
+    if levels:
+        out.print(f"exactness: {', '.join(levels)}")
     out.print(f"records: {settings.output}; tables and plots: kangaroo report {settings.output}")
     peers = {method.name for method in settings.methods if method.kind == "transformers"}
     if any(name not in peers and not difference.tie for name, difference in found):

@@ -44,15 +44,16 @@ def compare(
         lines = side_by_side(methods, tokens, sampling, max_tokens=max_tokens, repeats=repeats, report=status.update)
     identical = all(line.identical for line in lines)
     ties = {line.method for line in lines if not line.identical and is_tie(plain, tokens, lines[0], line, sampling)}
+    exactness = plain.target.exactness
     if as_json:
         drafters = [asdict(line) | ({} if line.identical else {"tie": line.method in ties}) for line in lines]
-        promise = asdict(plain.target.exactness)
-        print_json({"identical": identical, "exactness": promise, "drafters": drafters, "left_out": left_out})
+        facts = {"identical": identical, "exactness": asdict(exactness), "drafters": drafters, "left_out": left_out}
+        print_json(facts)
     else:
         out.print(Text(printable(plain.tokenizer.decode(lines[0].tokens)) + "\n"))
-        out.print(f"exactness: {plain.target.exactness}")
-        show_lines(lines, left_out, ties)
-    if any(not line.identical and line.method not in ties for line in lines):
+        show_lines(lines, left_out, ties, exactness)
+    explained = ties if exactness.level == "ties" else set()
+    if any(not line.identical and line.method not in explained for line in lines):
         raise typer.Exit(1)
 
 

@@ -175,8 +175,9 @@ def _difference_line(found: Divergence) -> str:
     )
 
 
-def show_lines(lines: Sequence[Line], left_out: dict[str, str], ties: Collection[str]) -> None:
+def show_lines(lines: Sequence[Line], left_out: dict[str, str], ties: Collection[str], exactness: Exactness) -> None:
     """Methods side by side; `ties` differ by rounding."""
+    out.print(f"exactness: {exactness}")
     table = Table(box=None)
     figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
     for heading in ("drafter", "text", *figures):

@@ -1,0 +1,359 @@
+"""The same bits in any pass: how it is brought about, how it is found out, and what is said where it is not so."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import kangaroo.settle
+import kangaroo.trial
+from chat_model import save_chat_model
+from kangaroo.attention import NAME, attend, steady, ways
+from kangaroo.bench.bits import digest
+from kangaroo.bench.check import CheckReport, check, expect, find_divergence, tie_bound
+from kangaroo.decoder import Decoder, load
+from kangaroo.drafters.copying.prompt_lookup import LookupConfig, PromptLookup
+from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
+from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
+from kangaroo.drafters.none import NoDrafter
+from kangaroo.errors import ModelError
+from kangaroo.families import FAMILIES
+from kangaroo.model import Target
+from kangaroo.parts import find_rows
+from kangaroo.passes import PackedLinear, Pass, Rows, SteadyLinear, can_pack, computing, count_weights
+from kangaroo.sampling import Sampling
+from kangaroo.tree import place, place_chain
+from kangaroo.trial import Exactness
+from kangaroo.verdicts import Verdicts
+from runs import PROMPTS
+from tiny import EXIT, VOCAB, build, make_adapter, target
+
+CPU = torch.device("cpu")
+NATIVE_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bf16 = pytest.mark.skipif(not NATIVE_BF16, reason="this CPU does not multiply bfloat16 natively")
+# Its router multiplies in float32, as many rows at once as there are tokens.
+ROUTED_IN_FLOAT32 = {"deepseek_v3"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KANGAROO_CACHE", str(tmp_path / "cache"))
+
+
+def wide(dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
+    """A Llama so wide that a product over several rows sums in another order than one over a single row."""
+    sizes = {"hidden_size": 256, "intermediate_size": 2112, "head_dim": 64, "num_hidden_layers": 3}
+    return build("llama", initializer_range=0.02, **(sizes | changes)).to(dtype)
+
+
+# --- what is promised of which family
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES - ROUTED_IN_FLOAT32))
+def test_every_listed_family_takes_its_attention_from_here_and_is_exact(family: str) -> None:
+    run = target(family)
+    assert run.exactness.level == "bitwise", run.exactness
+    assert run.config._attn_implementation in ("sdpa", "eager"), "outside of a pass the model is as it was"
+
+
+@needs_bf16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pack", [False, True])
+def test_short_precisions_are_exact(dtype: torch.dtype, pack: bool) -> None:
+    run = Target(wide(dtype), pack=pack)
+    assert run.exactness.level == "bitwise", run.exactness
+    assert any(isinstance(module, PackedLinear) for module in run.model.modules()) == pack
+
+
+@needs_bf16
+@pytest.mark.parametrize("drafter", ["chain", "tree", "lookup"])
+def test_drafts_leave_every_bit_of_the_logits_as_it_is(drafter: str) -> None:
+    run = Target(wide(torch.bfloat16), pack=True)
+    make = {
+        "chain": lambda: Kangaroo(run, make_adapter(run), EXIT, ChainConfig(max_draft=4, threshold=0)),
+        "tree": lambda: KangarooTree(run, make_adapter(run), EXIT, TreeConfig(top_k=3, max_draft=4, threshold=0)),
+        "lookup": lambda: PromptLookup(LookupConfig(max_draft=5, longest=1)),
+    }[drafter]
+    report = compare_bits(run, make, tokens=70)
+    assert report.bits == 0
+    assert not report.differences
+    assert report.rounds.some + report.rounds.all > 0
+
+
+@needs_bf16
+def test_without_the_care_taken_bits_do_differ() -> None:
+    """The tests above can fail: passes as transformers computes them are not exact."""
+    run = Target(wide(torch.bfloat16), exact=False)
+    assert run.exactness == Exactness("ties", "not asked for")
+    run._exactness = Exactness("bitwise", "falsely said")
+    report = compare_bits(run, lambda: PromptLookup(LookupConfig(max_draft=5, longest=1)), tokens=70)
+    assert report.bits > 0
+    assert "differ" in (report.problem or "")
+
+
+def compare_bits(run: Target, make_drafter: Any, tokens: int) -> CheckReport:
+    plain = Decoder(run, NoDrafter, None, ())  # type: ignore[arg-type]
+    expected = expect(plain, PROMPTS, [Sampling(), Sampling(temperature=0.9, seed=3)], max_tokens=tokens)
+    return check(Decoder(run, make_drafter, None, ()), expected, batches=[1, 3])  # type: ignore[arg-type]
+
+
+def test_a_single_bit_is_noticed() -> None:
+    logits = torch.randn(2, 3, 50, dtype=torch.bfloat16)
+    other = logits.clone()
+    other.view(torch.int16)[1, 2, 7] ^= 1
+    same = digest(logits) == digest(other)
+    assert same.tolist() == [[True, True, True], [True, True, False]]
+
+
+# --- linears
+
+
+def test_pieces_are_cut_and_filled_up() -> None:
+    seen: list[int] = []
+
+    def product(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x * 2
+
+    x = torch.randn(10, 3)
+    assert torch.equal(Rows(4, padded=True).apply(product, x), x * 2)
+    assert seen == [4, 4, 4]
+    seen.clear()
+    assert torch.equal(Rows(4, padded=False).apply(product, x), x * 2)
+    assert seen == [4, 4, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(24, 48), (64, 2112)])
+def test_a_way_is_found_that_gives_rows_the_same_bits_in_any_company(shape: tuple[int, int], packed: bool) -> None:
+    linear = nn.Linear(shape[1], shape[0], bias=True).requires_grad_(False)
+    rows = find_rows(linear, packed and can_pack(torch.float32, CPU), Verdicts(CPU))
+    assert rows is not None
+    steady_linear = (
+        PackedLinear(linear, rows) if packed and can_pack(torch.float32, CPU) else SteadyLinear(linear, rows)
+    )
+    x = torch.randn(2, 9, shape[1]) * 100
+    with computing(Pass(ways("sdpa")[0])):
+        together = steady_linear(x)
+        alone = [steady_linear(x[b : b + 1, n : n + 1]) for b in range(2) for n in range(9)]
+    assert torch.equal(torch.cat(alone, 1).view_as(together), together)
+    assert torch.allclose(together, linear(x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_product_whose_order_depends_on_the_number_of_rows_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fickle(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        half = x.shape[-1] // 2
+        if len(x) % 3 == 2:
+            return x[..., half:] @ weight[:, half:].T + x[..., :half] @ weight[:, :half].T
+        return (x[..., None, :] * weight).cumsum(-1)[..., -1]
+
+    monkeypatch.setattr(functional, "linear", fickle)
+    linear = nn.Linear(48, 24, bias=False).requires_grad_(False)
+    found = find_rows(linear, False, Verdicts(CPU))
+    assert found is not None
+    assert found.padded
+
+
+def test_where_no_way_is_found_ties_are_all_that_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kangaroo.settle, "find_rows", lambda *_: None)
+    run = Target(build("llama"))
+    assert run.exactness.level == "ties"
+    assert "linears of shape" in run.exactness.reason
+
+
+@pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="this build of torch cannot pack weights")
+@torch.inference_mode()
+def test_packed_linears_look_like_those_they_were_made_from() -> None:
+    model = wide(torch.float32)
+    plain = copy.deepcopy(model)
+    weights, identity = count_weights(model), Target(plain).fingerprint
+    run = Target(model, pack=True)
+    assert count_weights(model) == run.parameters == weights
+    assert run.fingerprint == identity
+    assert torch.equal(run.head.weight, plain.lm_head.weight)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    again, tokens = copy.deepcopy(model), torch.tensor([PROMPTS[0]])
+    assert not any(isinstance(module, PackedLinear) for module in again.modules())
+    assert torch.equal(again(tokens).logits, plain(tokens).logits)
+    assert torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-4)
+    taught = make_adapter(run)
+    taught.initialise(0, from_target=True)
+    assert torch.equal(taught.attention.q_proj.weight, plain.model.layers[EXIT].self_attn.q_proj.weight)  # type: ignore[union-attr]
+
+
+def test_a_model_that_was_passed_in_keeps_its_weights(tmp_path: Path) -> None:
+    model = wide(torch.float32)
+    names = list(model.state_dict())
+    Target(model)
+    assert list(model.state_dict()) == names
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    model.save_pretrained(tmp_path)
+
+
+# --- attention
+
+
+def test_a_tree_reads_its_paths_in_order() -> None:
+    where = place(torch.tensor([3, 2]), torch.tensor([[-1, 0, 0, 2], [-1, 0, 1, 0]]), 8)
+    paths = where.paths(64)
+    assert paths.shape == (2, 4, 64)
+    assert paths[0, 3, :6].tolist() == [0, 1, 2, 3, 5, 6]
+    assert paths[1, 2, :5].tolist() == [0, 1, 2, 3, 4]
+    assert not place_chain(torch.tensor([3]), 2, 5).branches
+
+
+@torch.inference_mode()
+def test_what_a_family_hands_over_and_nobody_knows_is_refused_by_name() -> None:
+    query = torch.randn(1, 4, 1, 8)
+    mask = torch.zeros(1, 1, 1, 64)
+    with pytest.raises(ModelError, match=r"'position_bias'.*exact=False"):
+        attend(
+            Pass(ways("sdpa")[0]), query, torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8), mask, position_bias=mask
+        )
+
+
+def test_a_family_that_does_not_use_the_interface_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.deepcopy(model.config)  # as if it had chosen its attention beforehand
+    with pytest.raises(ModelError, match=r"llama.*interface.*exact=False"):
+        Target(model)
+    assert Target(model, exact=False).exactness.level == "ties"
+
+
+def test_the_models_attention_comes_back_after_an_error() -> None:
+    config = build("llama").config
+    seen = []
+    with pytest.raises(ZeroDivisionError), steady(config, Pass(ways("sdpa")[0])):
+        seen += [config._attn_implementation, 1 // 0]
+    assert seen == []
+    with steady(config, Pass(ways("sdpa")[0])):
+        assert config._attn_implementation == NAME
+    assert config._attn_implementation == "sdpa"
+
+
+# --- the trial and its verdicts
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    tried: list[int] = []
+    honest = kangaroo.trial._compared
+
+    def counting(run: Target) -> Iterator[bool]:
+        tried.append(1)
+        return honest(run)
+
+    monkeypatch.setattr(kangaroo.trial, "_compared", counting)
+    return tried
+
+
+def test_a_verdict_is_kept_and_another_version_s_is_not_believed(
+    counted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Target(build("llama")).exactness
+    assert Target(build("llama")).exactness == first
+    assert len(counted) == 1
+    (file,) = (tmp_path / "cache" / "trials").glob("*.json")
+    table = json.loads(file.read_text())
+    table["of"]["libraries"]["torch"] = "1.0"
+    file.write_text(json.dumps(table))
+    assert Target(build("llama")).exactness == first
+    assert len(counted) == 2
+    file.write_text("{")
+    assert Target(build("llama")).exactness == first
+    assert len(counted) == 3
+    monkeypatch.setattr("kangaroo.verdicts.VERSION", 0)
+    Target(build("llama"))
+    assert len(counted) == 4
+    Target(build("llama", seed=1))
+    assert len(counted) == 5, "another model is another trial"
+
+
+def test_a_verdict_that_cannot_be_kept_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KANGAROO_CACHE", str(tmp_path / "file"))
+    exactness = Target(build("llama")).exactness
+    assert exactness.level == "bitwise"
+    assert "repeated at every load" in exactness.reason
+
+
+def test_rows_that_differ_arecounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kangaroo.trial, "_compared", lambda run: iter([True, False, True]))
+    run = Target(build("llama"))
+    assert run.exactness.level == "ties"
+    assert run.exactness.reason.startswith("1 of 3 rows differed")
+
+
+def test_a_trial_that_fails_half_way_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: Target) -> Iterator[bool]:
+        yield True
+        raise RuntimeError("could not create a primitive\nand more")
+
+    monkeypatch.setattr(kangaroo.trial, "_compared", broken)
+    with pytest.raises(ModelError, match=r"^the trial of exactness failed \(could not create a primitive\); load with"):
+        Target(build("llama"))
+
+
+def test_other_threads_than_those_of_the_trial_are_no_promise() -> None:
+    run = Target(build("llama"))
+    assert run.exactness.level == "bitwise"
+    torch.set_num_threads(2)
+    try:
+        assert run.exactness.level == "ties"
+        assert "1 threads" in run.exactness.reason
+    finally:
+        torch.set_num_threads(1)
+
+
+# --- the checker
+
+
+def test_other_bits_fail_a_check_of_a_bitwise_promise_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load(save_chat_model(tmp_path) / "target", drafter="none", dtype=torch.float64)
+    honest, calls = Target.logits, iter(range(10**6))
+    monkeypatch.setattr(Target, "logits", lambda self, x: honest(self, x) * (1 + 1e-9 * (next(calls) % 7)))
+    prompts = [decoder.tokenizer.encode("Where would you")]
+    report = check(decoder, expect(decoder, prompts, [Sampling()], max_tokens=12), batches=[1])
+    assert not report.differences
+    assert report.bits > 0
+    assert report.problem == f"the logits of {report.bits} of 12 tokens differ in some bit"
+    report.exactness = Exactness("ties", "for once")
+    assert "tokens were compared" in (report.problem or "")
+
+
+def test_the_bound_of_a_tie_is_what_rounding_explains() -> None:
+    """It grows with the unit of the precision, and holds for what rounding does to logits without being loose."""
+    bounds = [tie_bound(dtype, 30, 16.0, 0.0) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    assert bounds == sorted(bounds)
+    assert tie_bound(torch.float32, 30, 16.0, 0.5) == 2 * tie_bound(torch.float32, 30, 16.0, 1.0)
+    precise, tokens = wide(torch.float64), torch.randint(VOCAB, (4, 40))
+    with torch.inference_mode():
+        exact = precise(tokens).logits
+        for dtype in (torch.float32, torch.bfloat16):
+            rounded = wide(dtype)(tokens).logits.double()
+            bound = tie_bound(dtype, 3, float(exact.abs().max()), 0.0)
+            # Each of two scores is off by one error in each of two passes.
+            worst = 4 * float((rounded - exact).abs().max())
+            assert bound / 30 < worst, "a bound that nothing comes near excuses anything"
+            assert float((rounded - exact).abs().mean()) * 4 < bound
+
+
+def test_a_tie_needs_both_a_narrow_gap_and_float64(tmp_path: Path) -> None:
+    decoder = load(save_chat_model(tmp_path) / "target", drafter="none", dtype=torch.float32)
+    prompt = decoder.tokenizer.encode("I need")
+    tokens = decoder.generate(["I need"], max_tokens=6)[0].tokens
+    wrong = [*tokens[:3], (tokens[3] + 1) % 100, *tokens[4:]]
+    found = find_divergence(decoder, prompt, tokens, wrong, Sampling())
+    assert found.gap > found.bound
+    assert not found.is_tie
