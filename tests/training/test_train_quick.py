@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 def test_a_run_from_a_model_and_text(make_lesson: MakeLesson, target_folder: Path) -> None:
     lesson, news = make_lesson(), list[Any]()
     best = train_quickly(
-        str(target_folder), [lesson.data], news.append, minutes=0.08, output=lesson.output, settings=SMALL
+        str(target_folder), [lesson.data], news.append, minutes=0.25, output=lesson.output, settings=SMALL
     )
     recipe = read_recipe(lesson.output / RECIPE)
     assert isinstance(recipe, AdapterRecipe)
