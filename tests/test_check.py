@@ -15,6 +15,7 @@ from kangaroo.drafters.none import NoDrafter
 from kangaroo.sampling import Sampling
 from kangaroo.state import State
 from kangaroo.tree import Draft
+from kangaroo.trial import Exactness
 
 
 class LyingTarget:
@@ -48,7 +49,7 @@ def test_a_corrupted_text_is_reported_with_its_first_difference(tmp_path: Path) 
 
 
 def test_a_check_in_which_nothing_was_accepted_fails() -> None:
-    report = CheckReport(tokens=5000, answers=3)
+    report = CheckReport(Exactness("bitwise", "tried"), tokens=5000, answers=3)
     report.rounds.add(4, 0)
     assert report.problem is not None
     report.rounds.add(4, 2)
