@@ -16,7 +16,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report fmt check test test-all test-gpu docs clean
+.PHONY: help install demo report fmt check test test-all test-gpu fuzz faults docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,12 @@ test: $(STAMP) ## the quick tests
 
 test-all: $(STAMP) ## every test that needs no accelerator
 	@$(PYTEST) -m 'not gpu' $(ARGS)
+
+fuzz: $(STAMP) ## generated input of every kind, for ARGS="--minutes 10": nothing may be more than refused
+	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
+
+faults: $(STAMP) ## kills at random moments, full disks at every write, flipped bits in every file
+	$(BIN)/python tests/faults/faults.py $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -11,10 +11,10 @@ import kangaroo
 ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
-    errors files toml cgroup machine documents
+    errors checks inputs files toml cgroup machine chat documents
     tree cache sampling constraints logprobs state
     fingerprint norms families passes attention window rotary
-    verdicts parts trial settle model weights demo demo.smollm2 gguf_file loading threads
+    verdicts parts trial settle model tensors weights model_files demo demo.smollm2 gguf_file loading threads
     drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model
     drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
@@ -24,7 +24,7 @@ ORDER = """
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
     drafters
     accept decode
-    text completion arguments streaming decoder hf
+    stops text completion arguments streaming decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench"]
 """Folders that may use everything in ORDER, and none of one another."""

@@ -273,8 +273,10 @@ def test_seconds_of_a_batch_are_shared_out_whole(decoder: Decoder) -> None:
 @pytest.mark.parametrize(
     ("act", "kind", "named"),
     [
-        (lambda d: d.generate(["x"], n=0), ConfigError, "n is"),
-        (lambda d: d.generate(["x"], n=True), ConfigError, "n is"),
+        (lambda d: d.generate(["x"], n=0), ConfigError, "n is a number"),
+        (lambda d: d.generate(["x"], n=True), ConfigError, "n must be a whole number"),
+        (lambda d: d.generate(["x"], n=10**9), ConfigError, "n is a number"),
+        (lambda d: d.generate(["x"], ignore_eos="no"), ConfigError, "ignore_eos must be true or false"),
         (lambda d: d.generate(["x"], max_tokens=1.5), ConfigError, "max_tokens"),
         (lambda d: d.generate(["x"], max_tokens=4, min_tokens=5), ConfigError, "min_tokens"),
         (lambda d: d.generate(["x"], sampling=0.7), ConfigError, "sampling"),

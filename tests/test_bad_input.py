@@ -279,7 +279,7 @@ def test_a_save_that_fails_leaves_the_old_adapter(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr("kangaroo.weights.save_file", full)
     adapter = make_adapter(target("llama"), scale=0.5)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CapacityError, match="No space left"):
         adapter.save(folder, {})
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     load(folder)

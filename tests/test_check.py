@@ -49,7 +49,7 @@ def test_a_corrupted_text_is_reported_with_its_first_difference(tmp_path: Path) 
 
 
 def test_a_check_in_which_nothing_was_accepted_fails() -> None:
-    report = CheckReport(Exactness("ties", "not tried"), tokens=5000, answers=3)
+    report = CheckReport(Exactness("bitwise", "tried"), tokens=5000, answers=3)
     report.rounds.add(4, 0)
     assert report.problem is not None
     report.rounds.add(4, 2)

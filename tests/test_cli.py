@@ -42,10 +42,10 @@ def test_a_file_of_prompts_is_answered_as_a_batch(
     assert invoke("generate", *options, "--prompts", str(prompts)) == 0
     found = json.loads(capsys.readouterr().out)
     assert [answer["prompt"] for answer in found["answers"]] == ["Where?", "The answer"]
-    assert found["emitted"] == sum(len(answer["tokens"]) for answer in found["answers"])
+    assert found["stats"]["emitted"] == sum(len(answer["tokens"]) for answer in found["answers"])
     assert invoke("generate", *options, "--prompt", "Where?") == 0
     alone = json.loads(capsys.readouterr().out)
-    assert alone["tokens"] == found["answers"][0]["tokens"]
+    assert alone["answers"][0]["tokens"] == found["answers"][0]["tokens"]
 
 
 def test_several_answers_of_a_least_length(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

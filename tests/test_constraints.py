@@ -190,6 +190,16 @@ def test_rules_out_of_range(changes: dict[str, object], named: str) -> None:
         start(target("llama"), NoDrafter(), [replace(Request([1, 2], GREEDY, 4), **changes)])  # type: ignore[arg-type]
 
 
+def test_a_bias_and_a_bar_that_leave_nothing_together() -> None:
+    bias = {token: -math.inf for token in range(VOCAB) if token not in (3, 5)}
+    request = Request([1, 2], Sampling(logit_bias=bias), 4, stop_token_ids=(3,))
+    barred = replace(request, min_tokens=2)
+    start(target("llama"), NoDrafter(), [request], eos=[5])
+    start(target("llama"), NoDrafter(), [barred])
+    with pytest.raises(ConfigError, match="every token but those that end the text"):
+        start(target("llama"), NoDrafter(), [barred], eos=[5])
+
+
 # --- log-probabilities
 
 

@@ -203,7 +203,7 @@ def test_sizes_that_cannot_be() -> None:
         ({"draft_vocabulary": VOCAB + 1}, f"at most the target's {VOCAB}, got {VOCAB + 1}"),
         ({"draft_vocabulary": -1}, "got -1"),
         ({"draft_vocabulary": 9, "variant": "own-head"}, "drop draft_vocabulary"),
-        ({"layers": 0}, "at least 1 layer, got 0"),
+        ({"layers": 0}, "1 to 64 layers, got 0"),
     ):
         with pytest.raises(ConfigError, match=named):
             Adapter(model, AdapterConfig(exit_layer=EXIT, **change))

@@ -186,7 +186,7 @@ def test_packed_linears_look_like_those_they_were_made_from() -> None:
     assert torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-4)
     taught = make_adapter(run)
     taught.initialise(0, from_target=True)
-    assert torch.equal(taught.attention.q_proj.weight, plain.model.layers[EXIT].self_attn.q_proj.weight)  # type: ignore[union-attr]
+    assert torch.equal(taught.layers[0].attention.q_proj.weight, plain.model.layers[EXIT].self_attn.q_proj.weight)  # type: ignore[union-attr]
 
 
 def test_a_model_that_was_passed_in_keeps_its_weights(tmp_path: Path) -> None:

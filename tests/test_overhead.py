@@ -115,11 +115,15 @@ def test_a_read_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "most"), [("none", {}, 1300), ("kangaroo", {"max_draft": 5, "threshold": 0.0}, 2050)]
 )
-def test_calls_into_torch(target: Target, name: str, settings: dict[str, Any], most: int) -> None:
-    """Of 24 layers, as transformers writes them but for their norms: what a round adds is little."""
-    drafter, state = begin(target, name, settings)
+def test_calls_into_torch(name: str, settings: dict[str, Any], most: int) -> None:
+    """Of 24 layers, as transformers writes them but for their norms: what a round adds is little.
+
+    Steady pieces of float32 products are not counted here: what they cost is a property of the machine.
+    """
+    inexact = Target(load_model(TARGET, torch.float32), exact=False)
+    drafter, state = begin(inexact, name, settings)
     with Calls() as calls:
-        done = step(target, drafter, state)
+        done = step(inexact, drafter, state)
     assert done.drafted == [settings.get("max_draft", 0)]
     assert calls.names.total() <= most, calls.names.most_common()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kangaroo.checks import need_type, need_whole, shown
 from kangaroo.constraints import Processor
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.logprobs import Logprobs
@@ -13,6 +14,8 @@ from kangaroo.text import TextStream, Tokenizer
 
 Samplings = Sampling | Sequence[Sampling] | None
 Processors = Processor | Sequence[Processor | None] | None
+MOST_ANSWERS = 1 << 16
+"""To one prompt in one call, more than memory has rows for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +39,15 @@ class Arguments:
     """One for all prompts, or one for each."""
 
     def __post_init__(self) -> None:
-        if type(self.n) is not int or self.n < 1:
-            raise ConfigError(f"n is a number of answers to each prompt, at least 1, got {self.n!r}")
+        if not 1 <= need_whole("n", self.n) <= MOST_ANSWERS:
+            raise ConfigError(f"n is a number of answers to each prompt, in 1..{MOST_ANSWERS}, got {self.n}")
         for name in ("max_tokens", "min_tokens"):
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(f"{name} is a number of tokens, got {getattr(self, name)!r}")
+            need_whole(name, getattr(self, name), largest=2**63 - 1)
+        need_type("ignore_eos", self.ignore_eos, bool)
         if not _are_ids(self.stop_token_ids):
-            raise ConfigError(f"stop_token_ids is a list of token ids, got {self.stop_token_ids!r}")
+            raise ConfigError(f"stop_token_ids is a list of token ids, got {shown(self.stop_token_ids)}")
         if not isinstance(self.logprobs, Logprobs | int | None):
-            raise ConfigError(f"logprobs is a number of candidates, or Logprobs, got {self.logprobs!r}")
+            raise ConfigError(f"logprobs is a number of candidates, or Logprobs, got {shown(self.logprobs)}")
 
     def requests(self, prompts: Sequence[Sequence[int]]) -> list[Request]:
         """The rows of these prompts: prompt by prompt, the answers to each beside one another."""
@@ -78,11 +81,11 @@ class Arguments:
 def encode_all(prompts: Any, tokenizer: Tokenizer) -> list[list[int]]:
     """The tokens of a list of prompts. Raises DataError for a single prompt outside a list, and for what is none."""
     if isinstance(prompts, str):
-        raise DataError(f"prompts must be a list, got the text {prompts[:40]!r}; write generate([prompt])")
+        raise DataError(f"prompts must be a list, got the text {shown(prompts)}; write generate([prompt])")
     try:
         listed = list(prompts)
     except TypeError:
-        raise DataError(f"prompts must be a list of prompts, got {type(prompts).__name__}") from None
+        raise DataError(f"prompts must be a list of prompts, got {shown(prompts)}") from None
     single = {dict: "a conversation", int: "a list of token ids"}.get(type(listed[0])) if listed else None
     if single is not None or getattr(prompts, "ndim", 2) == 1:
         raise DataError(f"prompts must be a list of prompts, got {single or 'token ids'}; write generate([prompt])")
@@ -105,7 +108,7 @@ def _for_each(given: Any, fits: Callable[[object], bool], name: str, prompts: in
     if fits(given):
         return [given] * prompts
     if not isinstance(given, Sequence) or not all(fits(each) for each in given):
-        raise ConfigError(f"{name} must be one for all prompts or a list of one for each, got {given!r}")
+        raise ConfigError(f"{name} must be one for all prompts or a list of one for each, got {shown(given)}")
     if len(given) != prompts:
         raise ConfigError(f"{name} has {len(given)} entries for {prompts} prompts; give one, or one for each")
     return list(given)

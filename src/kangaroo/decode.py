@@ -1,5 +1,6 @@
 """The loop: draft, verify, accept, commit. Every drafter, chain or tree, greedy or sampled, runs through it."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kangaroo.accept import RULES, clip, emitted_tokens
+from kangaroo.checks import need_whole
 from kangaroo.constraints import run_processor
 from kangaroo.drafters.base import Drafter
-from kangaroo.errors import ConfigError, DataError
+from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.logprobs import TokenLogprobs, token_logprobs
 from kangaroo.model import Target
 from kangaroo.sampling import Sampler
@@ -17,6 +19,8 @@ from kangaroo.state import Committed, Request, State
 from kangaroo.tree import Draft, Placement, Stop, Verdict, place_at
 
 PREFILL_CHUNK = 512
+LARGEST_TREE, LONGEST_DRAFT = 65, 1024
+"""Nodes that a tree may have, a column that keeps it from being a chain included; and nodes of any draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +57,37 @@ def start(
     """
     if rule not in RULES:
         raise ConfigError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    checked = [check_request(request, target) for request in requests]
+    checked = [check_request(request, target, eos) for request in requests]
     if not checked:
         raise DataError("there are no prompts")
     capacity = max(capacity, *(len(r.prompt) + r.max_tokens for r in checked))
-    cache = target.new_cache(len(checked), capacity + drafter.nodes, drafter.cache_layers)
+    # A chain ends where its row does; trees branch, and may have more nodes than that.
+    spare = min(drafter.nodes, max(capacity, LARGEST_TREE), LONGEST_DRAFT)
+    try:
+        cache = target.new_cache(len(checked), capacity + spare, drafter.cache_layers)
+    except CapacityError as error:
+        if spare > LARGEST_TREE:
+            error.add_note(f"{spare} tokens of each row are for drafts: a smaller max_draft needs fewer")
+        raise
     sampler = Sampler([r.sampling for r in checked], target.vocab_size, target.device)
-    state = State(checked, cache, sampler, eos, rule, spare=drafter.nodes)
+    state = State(checked, cache, sampler, eos, rule, spare=spare)
     prefill(target, drafter, state)
     return state
 
 
-def check_request(request: Request, target: Target) -> Request:
-    """The request with `max_tokens` cut to the context, or the error that it deserves."""
+def check_request(request: Request, target: Target, eos: Sequence[int] = ()) -> Request:
+    """The request with `max_tokens` cut to the context, or the error that it deserves; `eos` are the model's ends."""
     if len(request.prompt) == 0:
         raise DataError("the prompt is empty: it must hold at least one token")
+    for name in ("max_tokens", "min_tokens"):
+        need_whole(name, getattr(request, name), largest=2**63 - 1)
     if request.max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {request.max_tokens}")
     if len(request.prompt) >= target.context:
         raise DataError(f"the prompt has {len(request.prompt)} tokens, but the context holds {target.context}")
     if not 0 <= min(request.prompt) <= max(request.prompt) < target.vocab_size:
         raise DataError(f"the prompt holds token ids outside the vocabulary of {target.vocab_size}")
-    _check_ends(request, target)
+    _check_ends(request, target, eos)
     if request.processor is not None:  # a mistake should not wait for the first round
         kind = torch.float64 if target.dtype == torch.float64 else torch.float32
         scores = torch.zeros(target.vocab_size, dtype=kind, device=target.device)
@@ -83,7 +96,7 @@ def check_request(request: Request, target: Target) -> Request:
     return replace(request, max_tokens=longest, min_tokens=min(request.min_tokens, longest))
 
 
-def _check_ends(request: Request, target: Target) -> None:
+def _check_ends(request: Request, target: Target, eos: Sequence[int]) -> None:
     if not 0 <= request.min_tokens <= request.max_tokens:
         raise ConfigError(
             f"min_tokens must be in 0..{request.max_tokens}, which is max_tokens, got {request.min_tokens}"
@@ -91,6 +104,12 @@ def _check_ends(request: Request, target: Target) -> None:
     outside = [token for token in request.stop_token_ids if not 0 <= token < target.vocab_size]
     if outside:
         raise ConfigError(f"stop_token_ids names token {outside[0]}, but the vocabulary has {target.vocab_size} tokens")
+    forbidden = {token for token, bias in request.sampling.logit_bias.items() if bias == -math.inf}
+    if request.min_tokens and len(forbidden.union(request.ends(eos))) >= target.vocab_size:
+        raise ConfigError(
+            f"logit_bias forbids every token but those that end the text, which min_tokens {request.min_tokens} bars: "
+            "leave at least one other"
+        )
 
 
 @torch.inference_mode()

@@ -145,7 +145,7 @@ class Decoder:
         tokens = encode_all(prompts, self.tokenizer)
         if not tokens:
             raise DataError("there are no prompts")
-        requests = [check_request(request, self.target) for request in arguments.requests(tokens)]
+        requests = [check_request(request, self.target, self.eos) for request in arguments.requests(tokens)]
         texts = arguments.texts(self.tokenizer, len(requests))
         return BatchStream(self.target, self.make_drafter(), requests, texts, self.eos)
 

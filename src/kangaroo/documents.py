@@ -1,16 +1,17 @@
 """Documents from files: conversations and plain text, in the order of the rows, and as a model reads them."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kangaroo.chat import Messages, are_messages, need_text, render
+from kangaroo.checks import shown
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.inputs import decode, name_path, need_file, open_file, parse_json, read_text
 
-Messages = list[dict[str, str]]
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".md")
 
 
@@ -31,28 +32,31 @@ def read_documents(path: Path) -> Iterator[Document]:
     A row has `messages` (a list of {"role", "content"}) or `text`; `source` is optional.
     Raises DataError naming the line of the first malformed row.
     """
-    if not path.is_file():
-        raise DataError(f"no data file at {path}")
     if not path.name.endswith(FORMATS):
-        raise DataError(f"{path}: expected a file ending in {', '.join(FORMATS)}")
+        raise DataError(f"{name_path(path)}: expected a file ending in {', '.join(FORMATS)}")
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix in (".txt", ".md"):
-        parts = path.read_text(encoding="utf-8").split("\n\n\n")
-        yield from (Document(path.stem, text=part.strip(), where=str(path)) for part in parts if part.strip())
+        parts = read_text(path, "data file", DataError).split("\n\n\n")
+        for part in parts:
+            if part.strip():
+                yield Document(path.stem, text=need_text(part.strip(), str(path)), where=str(path))
     else:
         yield from _read_lines(path)
 
 
 def _read_lines(path: Path) -> Iterator[Document]:
     number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+    with open_file(path, "data file", DataError) as file:
+        try:
+            # Bytes, so that the line that cannot be decoded is known.
+            lines = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
             for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
                 if line.strip():
-                    yield _document(parse_line(line, f"{path}, line {number}"), f"{path}, line {number}")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}, after line {number}: unreadable ({error})") from None
+                    yield _document(parse_json(decode(line, where, DataError), where, DataError), where)
+        except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
+            raise DataError(f"{path}, after line {number}: unreadable ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -62,6 +66,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
     except ImportError:
         raise ConfigError("Parquet files need the train extra: pip install 'kangaroo-decoding[train]'") from None
     number = 0
+    need_file(path, "data file", DataError)
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
@@ -72,35 +77,18 @@ def _read_parquet(path: Path) -> Iterator[Document]:
         raise DataError(f"{path}, after row {number}: unreadable ({error})") from None
 
 
-def parse_line(line: str, where: str) -> Any:
-    """What a line of JSON holds. Raises DataError naming the line."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-
-
-def are_messages(value: Any) -> bool:
-    """Whether this is a list of one or more {"role", "content"} objects."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
-
-
 def _document(row: Any, where: str) -> Document:
     if not isinstance(row, dict) or ("messages" not in row and "text" not in row):
-        raise DataError(f'{where}: expected an object with "messages" or "text", got {str(row)[:60]!r}')
+        raise DataError(f'{where}: expected an object with "messages" or "text", got {shown(row)}')
     source = str(row.get("source", "data"))
     if "text" in row:
         if not isinstance(row["text"], str) or not row["text"].strip():
-            raise DataError(f'{where}: "text" must be a non-empty string, got {str(row["text"])[:60]!r}')
-        return Document(source, text=row["text"], where=where)
+            raise DataError(f'{where}: "text" must be a non-empty string, got {shown(row["text"])}')
+        return Document(source, text=need_text(row["text"], where), where=where)
     if not are_messages(row["messages"]):
         raise DataError(f'{where}: "messages" must be a non-empty list of {{"role", "content"}} objects')
+    for message in row["messages"]:
+        need_text(message["content"], where)
     return Document(source, messages=row["messages"], where=where)
 
 
@@ -116,13 +104,8 @@ def read_as_model(document: Document, tokenizer: Any) -> str:
 
 def apply_template(document: Document, tokenizer: Any, messages: Messages, *, prompt: bool = False) -> str:
     """Messages of a document by the tokenizer's chat template; a `prompt` ends where the answer begins."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise DataError(
             f"{document.where}: a conversation, but the target has no chat template; it needs plain text rows"
         )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
-        raise DataError(f"{document.where}: the chat template refuses this conversation: {error}") from None
+    return render(tokenizer, messages, document.where, prompt=prompt)

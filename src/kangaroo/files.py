@@ -1,26 +1,63 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and folders that one process at a time writes to."""
 
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from kangaroo.errors import CapacityError, ConfigError, KangarooError
+from kangaroo.inputs import name_path
+
+LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary sibling of `path`, then move it into place.
 
     Readers see the old file or the new one; a crash or a full disk leaves the old one as it was.
+    Raises CapacityError for a disk that is full, ConfigError for a place that cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:  # Windows flushes only what it may write
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While something is written to a path: a full disk is a CapacityError, whatever else the system says no to a
+    ConfigError."""
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:  # Windows flushes only what it may write
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise refusal_to_write(path, error) from None
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        raise ConfigError(f"cannot write to {str(path)!r}: no path can be called so") from None
+
+
+def refusal_to_write(path: Path, error: OSError | SafetensorError) -> KangarooError:
+    """What the system's refusal means to a user."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    # safetensors tells the system's error in words only.
+    full = (isinstance(error, OSError) and error.errno in _FULL) or any(f"os error {code})" in reason for code in _FULL)
+    if full:
+        return CapacityError(f"cannot write {name_path(path)}: {reason}; make room, or write elsewhere")
+    return ConfigError(f"cannot write {name_path(path)}: {reason}; choose another place")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,8 +70,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder, which is made if there is none; released however this one ends.
+
+    A folder that was made, and in which nothing has been written, is gone again afterwards.
+
+    Raises ConfigError if another process has it, or if it cannot be written to.
+    """
+    with writing(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another process is writing to {name_path(folder)}; wait for it, or give a new --output"
+            ) from None
+    try:
+        yield
+    finally:
+        if made and folder.is_dir() and [file.name for file in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+        lock.release()
+
+
 def cache_folder() -> Path:
-    """Where this library keeps what can be made again: $KANGAROO_CACHE, or `kangaroo` in the user's cache folder."""
-    if named := os.environ.get("KANGAROO_CACHE"):
-        return Path(named)
+    """Where this library keeps what can be made again: KANGAROO_CACHE, or `kangaroo` in the user's cache folder."""
+    if own := os.environ.get("KANGAROO_CACHE"):
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kangaroo"

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from kangaroo.errors import ModelError
+from kangaroo.inputs import name_path
+from kangaroo.model_files import quietly
 
 SUFFIX = ".gguf"
 Loaded = TypeVar("Loaded")
@@ -50,10 +52,10 @@ def load_gguf_tokenizer(name: str | Path) -> Any:
 def _existing(name: str | Path) -> Path:
     path = Path(name)
     if not path.is_file():
-        raise ModelError(f"no GGUF file at {path}")
+        raise ModelError(f"no GGUF file at {name_path(path)}")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file: it does not begin as one")
+            raise ModelError(f"{name_path(path)} is not a GGUF file: it does not begin as one")
     if find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs the package gguf; install kangaroo-decoding[gguf]")
     return path
@@ -61,9 +63,10 @@ def _existing(name: str | Path) -> Path:
 
 def _read(path: Path, read: Callable[[], Loaded], what: str = "a causal LM") -> Loaded:
     try:
-        return read()
+        with quietly():
+            return read()
     except _DAMAGE as error:
         text = " ".join(str(error).split())
         known = "not supported" in text
         why = text if known else f"the file is truncated, or lacks what it needs ({type(error).__name__}: {text[:120]})"
-        raise ModelError(f"cannot load {what} from {path}: {why}") from None
+        raise ModelError(f"cannot load {what} from {name_path(path)}: {why}") from None

@@ -1,16 +1,17 @@
-"""Models and tokenizers from folders, GGUF files and hub names, or the demo's, by transformers' own loaders."""
+"""Models and tokenizers from folders and hub names, or the demo's, by transformers' own loaders."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kangaroo import demo
+from kangaroo.checks import shown
 from kangaroo.demo.smollm2 import smollm2
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.gguf_file import is_gguf, load_gguf_model, load_gguf_tokenizer
+from kangaroo.model_files import check_size, first_line, quietly, reading_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -20,27 +21,23 @@ def load_tokenizer(name: str | Path, revision: str | None = None, *, trust_remot
     if is_gguf(name):
         return load_gguf_tokenizer(name)
     options = {} if revision is None else {"revision": revision}
-    try:
-        return AutoTokenizer.from_pretrained(_find(name), trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name}: {_first_line(error)}") from None
+    found = _find(name)
+    with reading_model("a tokenizer", found):
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code, **options)
 
 
 def _find(name: str | Path) -> str | Path:
-    return smollm2() if str(name) == demo.NAME else name
+    if str(name) != demo.NAME:
+        return name
+    with quietly():
+        return smollm2()
 
 
 def load_config(name: str | Path) -> Any:
     """The configuration of a model in a folder or of a hub name, without its weights."""
-    try:
-        return AutoConfig.from_pretrained(_find(name))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    found = _find(name)
+    with reading_model("a causal LM", found):
+        return AutoConfig.from_pretrained(found)
 
 
 def load_model(
@@ -60,10 +57,13 @@ def load_model(
         kind = fastest_cpu_dtype()
     if is_gguf(name):
         return load_gguf_model(name, kind, place, **options).to(place)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(_find(name), dtype=kind or "auto", **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"cannot load a causal LM from {name}: {_first_line(error)}") from None
+    found = _find(name)
+    with reading_model("a causal LM", found):
+        check_size(found, kind, **options)
+        load = AutoModelForCausalLM.from_pretrained
+        model, facts = load(found, dtype=kind or "auto", output_loading_info=True, **options)
+    if missing := sorted(facts["missing_keys"]):  # which transformers makes up, at random
+        raise ModelError(f"the weights in {name} are not all there: {missing[0]!r} is one of {len(missing)} missing")
     return model.to(place)
 
 
@@ -75,7 +75,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them
-        raise ConfigError(f"cannot use device {str(device)!r}: {_first_line(error)}") from None
+        raise ConfigError(f"cannot use device {str(device)!r}: {first_line(error)}") from None
     return chosen
 
 
@@ -96,4 +96,7 @@ def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     """The token ids that end a text, as transformers' own generation reads them."""
     value = model.generation_config.eos_token_id if model.generation_config is not None else None
     value = model.config.eos_token_id if value is None else value
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    ends = [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise ModelError(f"the model's eos_token_id should be token ids, got {shown(value)}")
+    return tuple(ends)

@@ -15,6 +15,9 @@ import torch
 
 from kangaroo import cgroup
 
+MOST_THREADS = 1024
+"""The most CPU threads that may be asked for: OpenMP ends the process where it cannot start them."""
+
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device, what others give back when asked included."""

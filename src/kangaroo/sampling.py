@@ -7,15 +7,21 @@ the same code with the noise left out, and comparing texts is a complete test of
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from functools import cache
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kangaroo.checks import need_number, need_type, need_whole, shown
 from kangaroo.errors import ConfigError
 from kangaroo.tree import ancestors
+
+EXTREME = 1e12
+"""The largest bias or penalty: what they add up to, and a temperature multiplies, stays finite in float32."""
 
 
 class FrozenBias(Mapping[int, float]):
@@ -68,23 +74,43 @@ class Sampling:
     """Which of several samples of the same prompt and seed this is."""
 
     def __post_init__(self) -> None:
+        for name, annotation in _numbers().items():
+            need_type(name, getattr(self, name), annotation, largest=2**63 - 1)
         checks = (
             ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0, or finite and >= 1e-06"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("repetition_penalty", 1 / EXTREME <= self.repetition_penalty <= EXTREME, "finite, > 0, up to 1e+12"),
+            ("presence_penalty", abs(self.presence_penalty) <= EXTREME, "finite, up to 1e+12"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= EXTREME, "finite, up to 1e+12"),
             ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             ("index", 0 <= self.index < 2**31, "in [0, 2**31)"),
         )
         for name, valid, wanted in checks:
             if not valid:
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
-        if any(token < 0 or not bias < math.inf for token, bias in self.logit_bias.items()):
-            raise ConfigError("logit_bias must map token ids >= 0 to numbers, or to -inf to forbid a token")
+        _check_bias(self.logit_bias)
         object.__setattr__(self, "logit_bias", FrozenBias(self.logit_bias))
+
+
+@cache
+def _numbers() -> dict[str, Any]:
+    """The annotations of a Sampling's fields but for the bias."""
+    hints = get_type_hints(Sampling)
+    return {own.name: hints[own.name] for own in fields(Sampling) if own.name != "logit_bias"}
+
+
+def _check_bias(bias: object) -> None:
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias must map token ids to numbers, got {shown(bias)}")
+    for token, value in bias.items():
+        number = need_number("a logit_bias", value)
+        if need_whole("a token id of logit_bias", token) < 0 or not (abs(number) <= EXTREME or number == -math.inf):
+            raise ConfigError(
+                "logit_bias must map token ids >= 0 to numbers of at most 1e+12, or to -inf to forbid a token, got "
+                f"{shown({token: value})}"
+            )
 
 
 Columns = Sequence[tuple[int, ...]]
@@ -142,6 +168,8 @@ class Sampler:
         outside = [token for token in sampling.logit_bias if token >= self.vocab_size]
         if outside:
             raise ConfigError(f"logit_bias names token {outside[0]}, but the vocabulary has {self.vocab_size} tokens")
+        if sum(bias == -math.inf for bias in sampling.logit_bias.values()) == self.vocab_size:
+            raise ConfigError("logit_bias forbids every token of the vocabulary: leave at least one")
 
     def _pack(self) -> None:
         def column(values: list[float]) -> Tensor:
@@ -223,6 +251,7 @@ class Sampler:
         if self._nucleus:
             probs = ordered.softmax(-1)
             kept = ((probs.cumsum(-1) - probs) < self._top_p.to(probs.dtype)) | (self._top_p == 1)
+            kept[..., 0] = True  # also where top_p is so small that it rounds to 0
             bound = torch.maximum(bound, ordered.masked_fill(~kept, math.inf).amin(-1, keepdim=True))
         return scores.masked_fill(scores < bound, -math.inf)
 

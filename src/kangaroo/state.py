@@ -91,7 +91,7 @@ class State:
         """`spare` slots of the cache are for drafts: a row holds at most `capacity` tokens, prompt and output."""
         device, rows = sampler.device, len(requests)
         self.cache, self.sampler, self.rule = cache, sampler, rule
-        self.capacity = cache.slots - spare
+        self.capacity, self.spare = cache.slots - spare, spare
         self.requests, self._eos = list(requests), tuple(sorted(eos))
         self.tokens = torch.zeros(rows, cache.slots + 1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)

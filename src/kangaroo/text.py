@@ -6,7 +6,10 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from kangaroo.chat import are_messages, need_text, render
+from kangaroo.checks import shown
 from kangaroo.errors import ConfigError, DataError, ModelError
+from kangaroo.stops import StopString
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
 """Text, chat messages, or token ids: a list, or a tensor of one dimension."""
@@ -19,11 +22,6 @@ def _token_ids(prompt: Any) -> list[int] | None:
         return None
     plain = [token.item() if getattr(token, "ndim", None) == 0 else token for token in given]
     return plain if all(type(token) is int for token in plain) else None
-
-
-def _is_conversation(prompt: Any) -> bool:
-    messages = isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt)
-    return messages and bool(prompt) and all({"role", "content"} <= set(message) for message in prompt)
 
 
 class Tokenizer:
@@ -50,18 +48,19 @@ class Tokenizer:
         Raises DataError for anything else.
         """
         if isinstance(prompt, str):
+            need_text(prompt, "the prompt")
             return list(self.wrapped(prompt, verbose=False)["input_ids"])
         ids = _token_ids(prompt)
         if ids is not None:
             return ids
-        if not _is_conversation(prompt):
+        if not are_messages(prompt):
             raise DataError(
-                f'a prompt is text, a list of token ids, or a conversation: a list of {{"role", "content"}} messages; '
-                f"got {type(prompt).__name__} {str(prompt)[:60]!r}"
+                'a prompt is text, a list of token ids, or a conversation: a list of {"role", "content"} messages, '
+                f"both texts; got {shown(prompt)}"
             )
         if not self.has_chat_template:
             raise DataError("this model's tokenizer has no chat template: give the prompt as plain text")
-        rendered = self.wrapped.apply_chat_template([*prompt], add_generation_prompt=True, tokenize=False)
+        rendered = render(self.wrapped, prompt, "the prompt", prompt=True)
         return list(self.wrapped(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -77,14 +76,13 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), min_tokens: int = 0):
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(s, str) for s in self._stop):
-            raise ConfigError(f"stop is a string or a list of them, got {str(stop)[:60]!r}")
-        if not all(self._stop):
-            raise ConfigError("a stop string must not be empty")
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
+            raise ConfigError(f"stop is a text or a list of texts, none of them empty, got {shown(stop)}")
+        self._stops = [StopString(s) for s in stops]
         self._tokenizer, self._min_tokens = tokenizer, min_tokens
         self._stream, self._tokens = DecodeStream(skip_special_tokens=True), list[int]()
-        self._decoded, self._held, self._early = 0, "", 0  # held: what is not yet released, early: its first characters
+        self._decoded, self._held = 0, ""
         self.stopped_by: str | None = None
         """The stop string that ended the text."""
 
@@ -112,16 +110,13 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        if len(self._tokens) <= self._min_tokens:
-            self._early = len(text)
-        # What ends among the early characters was complete before it counted.
-        found = [(text.find(s, max(0, self._early - len(s) + 1)), s) for s in self._stop]
-        found = [(at, s) for at, s in found if at >= 0]
+        early = len(self._tokens) <= self._min_tokens
+        ends = [(s.stop, s.read(piece, past_ends=early)) for s in self._stops]
+        found = [(len(self._held) + end - len(stop), stop) for stop, end in ends if end is not None]
         if found:
             at, self.stopped_by = min(found, key=lambda hit: (hit[0], len(hit[1])))
             self._held = ""
             return text[:at]
-        keep = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        keep = max((s.matched for s in self._stops), default=0)
         self._held = text[len(text) - keep :]
-        self._early = max(0, self._early - (len(text) - keep))
         return text[: len(text) - keep]

@@ -8,10 +8,12 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kangaroo.checks import LARGEST, shown
 from kangaroo.errors import ConfigError
+from kangaroo.inputs import name_path, read_text
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -19,7 +21,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Section(BaseModel):
     """A table of a file: unknown keys are errors, values are fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -30,14 +32,28 @@ def read_table(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[s
 
     Raises ConfigError for a file that is missing or not TOML.
     """
+    text = read_text(path, "recipe", ConfigError)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f"no recipe at {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{name_path(path)} is not a recipe: nested too deep to be read") from None
+    except ValueError as error:  # tomllib.TOMLDecodeError, or a number of thousands of digits
+        reason = "a number with too many digits" if "digits" in str(error) else str(error)
+        raise ConfigError(f"{name_path(path)} is not valid TOML: {reason}") from None
+    _refuse_large_numbers(table, name_path(path))
     lay_over(table, overrides or {})
     return table
+
+
+def _refuse_large_numbers(table: dict[str, Any], where: str) -> None:
+    """TOML's whole numbers have 64 bits; what reads them would take more."""
+    waiting: list[Any] = [table]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{where} is not valid TOML: {shown(value)} does not fit into 64 bits")
 
 
 def lay_over(table: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -76,13 +92,13 @@ def _section(table: dict[str, Any], name: str, dotted: str) -> dict[str, Any]:
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
-    dotted = ".".join(map(str, first["loc"]))
+    dotted = name_path(".".join(map(str, first["loc"])))
     if first["type"] == "missing":
         return f"{dotted!r} is missing"
     if first["type"] == "value_error":
         return f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
     if first["type"] != "extra_forbidden":
-        return f"{dotted}: {first['msg']}, got {first.get('input')!r}"
+        return f"{dotted}: {first['msg']}, got {shown(first.get('input'))}"
     section = kind
     *path, key = first["loc"]
     for part in path:

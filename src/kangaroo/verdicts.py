@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kangaroo.errors import CapacityError, ConfigError
 from kangaroo.files import cache_folder, write_json
 from kangaroo.machine import device_name, machine, versions
 
@@ -44,7 +45,7 @@ class Verdicts:
             return None
         try:
             write_json(self._path, {"of": self._of, "found": self._read() | self._new})
-        except OSError as error:  # a load must not fail because a home is read-only
+        except (CapacityError, ConfigError) as error:  # a load must not fail because a home is read-only
             return f"the trial is repeated at every load: {error}"
         return None
 

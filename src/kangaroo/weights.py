@@ -4,20 +4,20 @@ What was trained for one target is useless to another, so nothing is loaded unle
 """
 
 import hashlib
-import json
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kangaroo.checks import need_number
 from kangaroo.errors import AdapterError
-from kangaroo.files import write_atomically, write_json
+from kangaroo.files import write_atomically, write_json, writing
 from kangaroo.fingerprint import same_model
+from kangaroo.inputs import is_file, is_folder, name_path, read_bytes, read_object
 from kangaroo.model import Target
+from kangaroo.tensors import check_tensors, parse_tensors
 
 CONFIG = "config.json"
 KINDS = {"adapter.safetensors": "adapter", "heads.safetensors": "Medusa heads"}
@@ -44,18 +44,21 @@ class TrainedWeights(nn.Module):
         return self._target[0]
 
     def save(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """Write weights and config; each file appears whole or not at all, the config last."""
+        """Write weights and config. Whenever this is cut short, the folder holds the old ones or the new ones."""
         tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        write_atomically(folder / self.file, lambda part: save_file(tensors, part))
+        following = _following(folder / self.file)
+        write_atomically(following, lambda part: save_file(tensors, part))
         table = {
             **asdict(self.config),
             "width": self.target.width,
             "vocab_size": self.target.vocab_size,
             "target_fingerprint": self.target.fingerprint,
-            "weights_sha256": hashlib.sha256((folder / self.file).read_bytes()).hexdigest(),
+            "weights_sha256": hashlib.sha256(following.read_bytes()).hexdigest(),
             "provenance": provenance,
         }
         write_json(folder / CONFIG, table)
+        with writing(folder / self.file):
+            following.replace(folder / self.file)
 
     @classmethod
     def load(cls, folder: Path, target: Target, *, allow_other_target: bool = False) -> Self:
@@ -70,6 +73,8 @@ class TrainedWeights(nn.Module):
         own = {field.name: _json_type(hints[field.name]) for field in fields(cls.config_kind)}
         table = _defaults(cls.config_kind) | _read_config(folder, cls.file)
         for name, kind in (own | _OF_EVERY_KIND).items():
+            if kind is float and type(table.get(name)) is int:
+                table[name] = need_number(name, table[name])  # 1 is as good as 1.0
             if type(table.get(name)) is not kind:
                 raise AdapterError(f"{folder / CONFIG} is damaged: {name!r} should be of type {kind.__name__}")
         for name, wanted in (("width", target.width), ("vocab_size", target.vocab_size)):
@@ -85,15 +90,7 @@ class TrainedWeights(nn.Module):
         module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
         tensors = _read_weights(folder / cls.file, table["weights_sha256"])
         tensors = module.current_names(tensors)
-        shapes = {name: value.shape for name, value in module.state_dict().items()}
-        for name in sorted(shapes.keys() ^ tensors.keys()):
-            raise AdapterError(f"{folder / cls.file} does not fit its config: {name!r} is missing or unexpected")
-        for name, value in tensors.items():
-            if value.shape != shapes[name]:
-                raise AdapterError(
-                    f"{folder / cls.file} does not fit this target: {name!r} is of shape {tuple(value.shape)}, but "
-                    f"{tuple(shapes[name])} is needed"
-                )
+        check_tensors(tensors, module.state_dict(), folder / cls.file)
         module.load_state_dict(tensors)
         module.check(folder / cls.file)
         return module.to(target.dtype).eval().requires_grad_(False)
@@ -104,6 +101,11 @@ class TrainedWeights(nn.Module):
 
     def check(self, name: object) -> None:
         """Raise AdapterError, naming where they come from, if weights of the right shapes are still not usable."""
+
+
+def _following(path: Path) -> Path:
+    """Where new weights wait until the config that names them has been written."""
+    return path.with_name(f".{path.name}.next")
 
 
 def _json_type(annotation: Any) -> type:
@@ -119,33 +121,23 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 
 def _read_config(folder: Path, file: str) -> dict[str, Any]:
     path = folder / CONFIG
-    others = [name for name in KINDS if name != file and (folder / name).is_file()]
-    if others and not (folder / file).is_file():
+    others = [name for name in KINDS if name != file and is_file(folder / name)]
+    if others and not is_file(folder / file):
         raise AdapterError(f"no {KINDS[file]} in {folder}: its {others[0]} says {KINDS[others[0]]}")
-    if not path.is_file():
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+    if not is_file(path):
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt")] if is_folder(folder) else []
         hint = f"{pickles[0].name} is a pickle, which is never loaded" if pickles else "expected config.json"
-        raise AdapterError(f"no {KINDS[file]} in {folder}: {hint}")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
-    if not isinstance(table, dict):
-        raise AdapterError(f"{path} is damaged: it should hold one table")
-    return table
+        raise AdapterError(f"no {KINDS[file]} in {name_path(folder)}: {hint}")
+    return read_object(path, CONFIG, AdapterError)
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise AdapterError(f"no weights at {path}")
-    content = path.read_bytes()
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged: {error}") from None
+    following = _following(path)
+    cut_short = (
+        is_file(following) and hashlib.sha256(read_bytes(following, "weights", AdapterError)).hexdigest() == sha256
+    )
+    content = read_bytes(following if cut_short else path, "weights", AdapterError)
+    tensors = parse_tensors(content, path)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise AdapterError(f"{path} is damaged: its bytes are not those that config.json was written for")
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
     return tensors

@@ -95,5 +95,9 @@ def save_run(folder: Path, records: list[Record], **provenance: Any) -> Path:
     """Write a run's folder as the benchmark does."""
     folder.mkdir(parents=True)
     (folder / RECORDS).write_text("".join(entry.model_dump_json() + "\n" for entry in records))
-    (folder / "provenance.json").write_text(json.dumps(PROVENANCE | provenance))
+    facts = PROVENANCE | provenance
+    named = {method["name"] for method in facts["recipe"].get("methods", [])}
+    others = sorted({record.method for record in records} - named - {BASELINE})
+    methods = [*facts["recipe"].get("methods", []), *({"name": name} for name in others)]
+    (folder / "provenance.json").write_text(json.dumps(facts | {"recipe": facts["recipe"] | {"methods": methods}}))
     return folder

@@ -18,7 +18,6 @@ from kangaroo import drafters
 from kangaroo.bench import run
 from kangaroo.bench.answers import write_answers
 from kangaroo.bench.cost import method_costs
-from kangaroo.bench.journal import claim
 from kangaroo.bench.records import BASELINE, RECORDS, read_records
 from kangaroo.bench.report.counting import read_answers
 from kangaroo.bench.report.results import read_run
@@ -26,6 +25,7 @@ from kangaroo.bench.run import run_bench
 from kangaroo.drafters import Entry
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import CapacityError, ConfigError, DataError
+from kangaroo.files import claim
 from kangaroo.state import State
 from kangaroo.tree import Draft
 

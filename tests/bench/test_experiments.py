@@ -360,7 +360,7 @@ def test_quick_needs_its_section_and_takes_values_under_dotted_keys(lab: Lab) ->
 
 def test_data_that_is_not_there(lab: Lab) -> None:
     recipe = read_bench_recipe(lab.write(TRAINED), {"training.data": ["absent.jsonl"]})
-    with pytest.raises(DataError, match=r"no data file at .*absent.jsonl \(training.data, or --data\)"):
+    with pytest.raises(DataError, match=r"no data file \(training.data, or --data\) at .*absent.jsonl"):
         train_methods(recipe, lab.recipe.parent, train)
 
 

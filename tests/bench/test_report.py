@@ -217,8 +217,8 @@ def test_a_run_without_provenance_or_with_half_of_it_is_refused(tmp_path: Path) 
     for text, message in [
         (json.dumps({key: value for key, value in PROVENANCE.items() if key != "machine"}), "the run's machine"),
         (json.dumps(PROVENANCE | {"costs": {"kangaroo": {"draft_share": "dear"}}}), "costs: "),
-        ("{", "provenance.json: "),
-        ("[]", "the run's machine"),
+        ("{", "provenance.json is damaged"),
+        ("[]", "one object"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):

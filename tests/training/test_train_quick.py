@@ -10,6 +10,7 @@ from lesson import Lesson, build
 
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.errors import ConfigError, DataError, ModelError
+from kangaroo.files import claim
 from kangaroo.training.estimate import Plan
 from kangaroo.training.floors import EarlyExit, Trigram, measure_floors
 from kangaroo.training.quick import RECIPE, StepCosts, choose_recipe, fit_into, to_toml, train_quickly
@@ -28,7 +29,7 @@ SMALL: dict[str, Any] = {
 def test_a_run_from_a_model_and_text(make_lesson: MakeLesson, target_folder: Path) -> None:
     lesson, news = make_lesson(), list[Any]()
     best = train_quickly(
-        str(target_folder), [lesson.data], news.append, minutes=0.08, output=lesson.output, settings=SMALL
+        str(target_folder), [lesson.data], news.append, minutes=0.25, output=lesson.output, settings=SMALL
     )
     recipe = read_recipe(lesson.output / RECIPE)
     assert isinstance(recipe, AdapterRecipe)
@@ -57,12 +58,17 @@ def test_too_short_or_nothing_to_go_by(make_lesson: MakeLesson, target_folder: P
 
     with pytest.raises(ConfigError, match=r"--minutes is too short: 20 steps .* minutes"):
         run(minutes=1e-6)
+    for minutes in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--minutes must be a number > 0"):
+            run(minutes=minutes)
     with pytest.raises(ModelError, match="cannot load a causal LM"):
         run(model=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="no data file"):
         run(data=tmp_path / "nothing.jsonl")
     with pytest.raises(ConfigError, match=r"did you mean 'exit_layer'"):
         run(**{"adapter.exit_layers": 2})
+    with claim(lesson.output), pytest.raises(ConfigError, match="another process is writing"):
+        run()
 
 
 def test_what_suits_a_model(tmp_path: Path, target_folder: Path) -> None:

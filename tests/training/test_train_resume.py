@@ -20,7 +20,7 @@ from lesson import Lesson
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.training import checkpoint
 from kangaroo.training.adapter import AdapterObjective, Comparison
-from kangaroo.training.checkpoint import STATE, read_progress
+from kangaroo.training.checkpoint import STATE, facts_checksum, read_progress
 from kangaroo.training.loop import Interrupted
 from kangaroo.training.report import Update
 
@@ -161,7 +161,8 @@ def rewrite_progress(path: Path, **changes: Any) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     changed = {key: json.dumps(value) for key, value in changes.items()}
-    save_file(load_file(path), path, metadata={**metadata, **changed})
+    metadata = {**metadata, **changed}
+    save_file(load_file(path), path, metadata={**metadata, "facts": facts_checksum(metadata)})
 
 
 def test_state_from_before_recipes_were_recorded(make_lesson: MakeLesson) -> None:
@@ -223,6 +224,14 @@ def test_finished_run_has_nothing_left_to_do(make_lesson: MakeLesson) -> None:
     rows = run.rows()
     assert run.train(resume=True, schedule__steps=2) == best
     assert run.rows() == rows
+
+
+def test_a_run_decays_when_its_time_has_come(make_lesson: MakeLesson) -> None:
+    run = make_lesson()
+    run.train(schedule__steps=4)
+    run.train(resume=True, schedule__steps=8, schedule__decay_steps=4)
+    rates = [row["learning_rate"] for row in run.rows() if "learning_rate" in row]
+    assert rates[2:] == pytest.approx([5e-3] * 3 + [5e-3 * left for left in (0.75, 0.5, 0.25)])
 
 
 def test_refuses_what_is_not_the_same_run(make_lesson: MakeLesson) -> None:

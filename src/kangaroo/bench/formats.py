@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kangaroo.bench.questions import EvaluationPrompt, Question, QuestionId, refuse_duplicates
-from kangaroo.documents import are_messages, parse_line
+from kangaroo.chat import are_messages
+from kangaroo.checks import shown
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.inputs import decode, parse_json, read_bytes
 
 TIMEOUT = 60
 """Seconds without an answer."""
@@ -26,10 +28,7 @@ def fetch(name: str) -> bytes:
     """
     if name.startswith(("http://", "https://")):
         return _download(name)
-    path = Path(name)
-    if not path.is_file():
-        raise DataError(f"no file at {name}: expected one, or an address that begins with http:// or https://")
-    return path.read_bytes()
+    return read_bytes(Path(name), "file of questions (or address that begins with http:// or https://)", DataError)
 
 
 def _download(address: str) -> bytes:
@@ -64,28 +63,28 @@ class Row:
         """A string that is not blank."""
         value = self._value(key)
         if not isinstance(value, str) or not value.strip():
-            raise self.error(f"{key!r} must be a non-empty string, got {_shown(value)}")
+            raise self.error(f"{key!r} must be a non-empty string, got {shown(value)}")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of one or more such strings."""
         value = self._value(key)
         if not isinstance(value, list) or not value or not all(isinstance(x, str) and x.strip() for x in value):
-            raise self.error(f"{key!r} must be a non-empty list of non-empty strings, got {_shown(value)}")
+            raise self.error(f"{key!r} must be a non-empty list of non-empty strings, got {shown(value)}")
         return tuple(value)
 
     def id(self, key: str) -> QuestionId:
         """A whole number or a string that is not blank."""
         value = self._value(key)
         if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-            raise self.error(f"{key!r} must be a whole number or a non-empty string, got {_shown(value)}")
+            raise self.error(f"{key!r} must be a whole number or a non-empty string, got {shown(value)}")
         return value
 
     def one_of(self, key: str, known: tuple[str, ...]) -> str:
         """A string from a list."""
         value = self._value(key)
         if value not in known:
-            raise self.error(f"unknown {key} {_shown(value)}; it must be one of {', '.join(known)}")
+            raise self.error(f"unknown {key} {shown(value)}; it must be one of {', '.join(known)}")
         return str(value)
 
     def messages(self, key: str) -> tuple[dict[str, str], ...]:
@@ -93,7 +92,7 @@ class Row:
         value = self._value(key)
         if not are_messages(value) or value[-1]["role"] != "user":
             raise self.error(
-                f'{key!r} must be a list of {{"role", "content"}} objects that ends with a user\'s, got {_shown(value)}'
+                f'{key!r} must be a list of {{"role", "content"}} objects that ends with a user\'s, got {shown(value)}'
             )
         return tuple(value)
 
@@ -101,11 +100,6 @@ class Row:
         if key not in self.values:
             raise self.error(f"{key!r} is missing")
         return self.values[key]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _conversation(row: Row) -> Question:
@@ -235,9 +229,10 @@ def read_questions(content: bytes, source: str, split: str | None = None) -> lis
 
 def _text(content: bytes, source: str) -> str:
     try:
-        return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        plain = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{source} is not JSON lines: {error}") from None
+    return decode(plain, source, DataError)
 
 
 def _rows(text: str, source: str) -> Iterator[Row]:
@@ -248,7 +243,7 @@ def _rows(text: str, source: str) -> Iterator[Row]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    values = parse_line(line, where)
+    values = parse_json(line, where, DataError)
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected a JSON object, got {line[:40]!r}")
     return values

@@ -3,19 +3,14 @@
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from kangaroo.bench.questions import QuestionId
-from kangaroo.bench.records import RECORDS, Record, read_records
-from kangaroo.errors import ConfigError
-from kangaroo.files import write_atomically
-
-LOCK = ".lock"
-"""Stays in a run's folder, empty, when nobody holds it any more."""
+from kangaroo.bench.records import RECORDS, Record, read_records, refuse_strangers
+from kangaroo.errors import DataError
+from kangaroo.files import write_atomically, writing
+from kangaroo.inputs import is_file, read_bytes
 
 
 class Journal:
@@ -25,7 +20,8 @@ class Journal:
         """Of records that a run left behind, those of a question that some method has not answered are dropped."""
         self.path, self._methods = folder / RECORDS, frozenset(methods)
         self.records = self._recover()
-        self._file = self.path.open("ab", buffering=0)
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
 
     def has(self, question: QuestionId, repeat: int) -> bool:
         """Whether every method has answered a question in a repeat."""
@@ -34,10 +30,11 @@ class Journal:
     def append(self, records: Sequence[Record]) -> None:
         """Add the answers of all methods to one or more questions; they are on the disk when this returns."""
         data = _lines(records)
-        # One write, so that a process that is killed leaves a torn last line at worst.
-        if self._file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            # One write, so that a process that is killed leaves a torn last line at worst.
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
+            os.fsync(self._file.fileno())
         self.records += records
         self._done |= _complete(records, self._methods)
 
@@ -47,13 +44,14 @@ class Journal:
 
     def _recover(self) -> list[Record]:
         self._done: set[tuple[QuestionId, int]] = set()
-        if not self.path.exists():
+        if not is_file(self.path):
             return []
-        content = self.path.read_bytes()
+        content = read_bytes(self.path, RECORDS, DataError)
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             self._rewrite(whole)
         records = read_records(self.path.parent)
+        refuse_strangers(records, self._methods, self.path.parent)
         self._done = _complete(records, self._methods)
         kept = [record for record in records if (record.question, record.repeat) in self._done]
         if len(kept) < len(records):
@@ -76,21 +74,3 @@ def _complete(records: Sequence[Record], methods: frozenset[str]) -> set[tuple[Q
     for record in records:
         seen.setdefault((record.question, record.repeat), set()).add(record.method)
     return {key for key, answered in seen.items() if answered >= methods}
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a run's folder. Raises ConfigError if one is."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"{folder} is a file; --output names a folder") from None
-    lock = FileLock(folder / LOCK, timeout=0)  # released when the process ends, however it does
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"another process is writing to {folder}; wait for it, or give a new --output") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -14,6 +14,7 @@ from kangaroo.decoder import Decoder
 from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_json
+from kangaroo.inputs import is_file, is_folder, read_object
 from kangaroo.machine import surroundings
 from kangaroo.toml import parse_table
 
@@ -52,14 +53,15 @@ def find_run(folder: Path, facts: Facts) -> Facts | None:
     damaged file.
     """
     path = folder / PROVENANCE
-    if not path.is_file():
+    if not is_file(path):
         if (folder / RECORDS).exists():
             raise ConfigError(f"{folder} holds records but no {PROVENANCE}; give a new --output")
         return None
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); restore it, or give a new --output") from None
+    before = read_object(path, PROVENANCE, DataError)
+    missing = [name for name in ("recipe", "started", "resumed", *FIXED) if name not in before]
+    if missing or not isinstance(before["recipe"], dict) or not isinstance(before["resumed"], list):
+        what = f"it does not say the run's {missing[0]}" if missing else "its recipe is no table, or resumed no list"
+        raise DataError(f"{path} is damaged ({what}); restore it, or give a new --output")
     _refuse_another_run(before, facts, path)
     return before
 
@@ -107,7 +109,7 @@ def _files(recipe: BenchRecipe, decoder: Decoder, trained: Mapping[str, Path]) -
     for method in recipe.methods:
         key = find_drafter(method.drafter).files if method.drafter else "draft_model"
         path = trained.get(method.name, method.settings.get(key, decoder.files.get(key)) if key else None)
-        if path is not None and Path(path).exists():
+        if path is not None and (is_file(Path(path)) or is_folder(Path(path))):
             digests[method.name] = digest(Path(path))
     return digests
 

@@ -3,7 +3,6 @@
 The project's own evaluation prompts are of six kinds, split into development and held-out by a hash of their id.
 """
 
-import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -11,7 +10,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from kangaroo import demo
+from kangaroo.chat import are_messages
+from kangaroo.checks import shown
 from kangaroo.errors import DataError
+from kangaroo.inputs import parse_json, read_text
 
 QuestionId = int | str
 Messages = list[dict[str, str]]
@@ -87,12 +89,13 @@ def read_prompts(path: Path = demo.PROMPTS, split: Split | None = None) -> list[
     Raises DataError naming the line of a malformed row.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            prompts.append(EvaluationPrompt(row["id"], row["kind"], row["messages"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: expected id, kind and messages ({error})") from None
+    for number, line in enumerate(read_text(path, "file of prompts", DataError).rstrip("\n").split("\n"), 1):
+        where = f"{path}, line {number}"
+        row = parse_json(line, where, DataError)
+        texts = isinstance(row, dict) and isinstance(row.get("id"), str) and isinstance(row.get("kind"), str)
+        if not texts or not are_messages(row.get("messages")):
+            raise DataError(f"{where}: expected id, kind and messages, got {shown(row)}")
+        prompts.append(EvaluationPrompt(row["id"], row["kind"], row["messages"]))
     return [prompt for prompt in prompts if split in (None, prompt.split)]
 
 

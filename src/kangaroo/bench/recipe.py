@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -13,6 +13,7 @@ from kangaroo.bench.experiment import NAME, ExperimentSection, TrainingSection, 
 from kangaroo.bench.records import BASELINE
 from kangaroo.drafters import FILES, find_drafter
 from kangaroo.errors import ConfigError
+from kangaroo.machine import MOST_THREADS
 from kangaroo.sampling import Sampling
 from kangaroo.toml import Count, Positive, Section, lay_over, parse_table, read_table
 
@@ -101,7 +102,7 @@ class BenchRecipe(Section):
     repeats: Positive = 1
     batch: Positive = 1
     """Questions answered together; the rows of a batch share its seconds equally."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] | None = None
     """Of the CPU; left out: as many as torch takes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Precision the model is loaded in; auto is what `kangaroo generate` would choose."""

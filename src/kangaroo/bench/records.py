@@ -1,11 +1,12 @@
 """What a benchmark measured: one record per question, method and repeat. Everything published comes from these."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kangaroo.errors import DataError
+from kangaroo.inputs import is_file, name_path, read_text
 
 RECORDS = "records.jsonl"
 BASELINE = "none"
@@ -96,15 +97,27 @@ def read_records(folder: Path) -> list[Record]:
     Raises DataError naming the line of a malformed row, and if a record occurs twice.
     """
     path = folder / RECORDS
-    if not path.is_file():
-        raise DataError(f"no records in {folder}: expected {RECORDS}, as written by `kangaroo bench`")
-    records = list(parse_records(path.read_text(encoding="utf-8").splitlines(), str(path)))
+    if not is_file(path):
+        raise DataError(f"no records in {name_path(folder)}: expected {RECORDS}, as written by `kangaroo bench`")
+    # Not splitlines, which also splits at separators that JSON strings may hold.
+    lines = read_text(path, RECORDS, DataError).removesuffix("\n")
+    records = list(parse_records(lines.split("\n") if lines else [], str(path)))
     seen: set[tuple[int | str, str, int]] = set()
     for record in records:
         if record.key in seen:
             raise DataError(f"{path}: question {record.question}, {record.method}, repeat {record.repeat} occurs twice")
         seen.add(record.key)
     return records
+
+
+def refuse_strangers(records: Iterable[Record], methods: Collection[str], folder: Path) -> None:
+    """Raise DataError for a record of a method that the run does not have; the baseline is one that it has."""
+    for record in records:
+        if record.method != BASELINE and record.method not in methods:
+            raise DataError(
+                f"{name_path(folder / RECORDS)} holds an answer by {record.method!r} to question {record.question}, "
+                "which the run's recipe does not have: delete its lines, or give a new --output"
+            )
 
 
 def parse_records(lines: Iterable[str], name: str) -> Iterable[Record]:

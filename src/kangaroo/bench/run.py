@@ -18,7 +18,7 @@ from kangaroo.bench.asking import Asker
 from kangaroo.bench.cost import method_costs, trained_parameters
 from kangaroo.bench.drafted import Drafted
 from kangaroo.bench.formats import fetch, read_questions
-from kangaroo.bench.journal import Journal, claim
+from kangaroo.bench.journal import Journal
 from kangaroo.bench.methods import Method
 from kangaroo.bench.peers import make_peer
 from kangaroo.bench.provenance import Facts, describe_run, find_run, resumed, write_facts
@@ -28,7 +28,8 @@ from kangaroo.bench.records import BASELINE, Record
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_text
+from kangaroo.files import claim, write_text
+from kangaroo.inputs import is_file, read_object
 
 BenchReport = Callable[[int, int], None]
 """Is told how many questions of how many have been answered by all methods, repeats counted."""
@@ -191,10 +192,9 @@ def _write_sweep(folder: Path, key: str, values: list[Any]) -> None:
 def read_sweep(folder: Path) -> tuple[str, list[Any]] | None:
     """(key, values) of the sweep in a folder; None if there is none. Raises DataError for a damaged file."""
     path = folder / SWEEP
-    if not path.is_file():
+    if not is_file(path):
         return None
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return str(table["key"]), list(table["values"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); run `kangaroo bench` again to renew it") from None
+    table = read_object(path, SWEEP, DataError)
+    if not isinstance(table.get("key"), str) or not isinstance(table.get("values"), list):
+        raise DataError(f"{path} is damaged: it should hold a key and its values; run `kangaroo bench` to renew it")
+    return table["key"], table["values"]

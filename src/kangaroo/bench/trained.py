@@ -3,18 +3,17 @@
 How to train is not known here: a function is handed in, since measuring and training do not import one another.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kangaroo.bench.experiment import TrainingSection
-from kangaroo.bench.journal import claim
 from kangaroo.bench.provenance import digest
 from kangaroo.bench.recipe import BenchRecipe, MethodSection
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_json
+from kangaroo.files import claim, write_json
+from kangaroo.inputs import is_file, need_file, read_object
 from kangaroo.toml import lay_over, read_table
 
 TRAINED, PLAN = "trained", "plan.json"
@@ -87,9 +86,8 @@ def _training(
     if after is not None:
         lay_over(changes, {"adapter.init": str(after)})
     data = [base / file for file in common.data]
-    missing = [file for file in data if not file.is_file()]
-    if missing:
-        raise DataError(f"no data file at {missing[0]} (training.data, or --data)")
+    for file in data:
+        need_file(file, "data file (training.data, or --data)", DataError)
     return Training(recipe=base / path, data=data, changes=changes, after=after, beside=list(folders))
 
 
@@ -104,11 +102,8 @@ def _plan(training: Training) -> dict[str, Any]:
 
 def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
     folder, path = training.folder, training.folder / PLAN
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}); delete {folder}, or give a new --output") from None
+    if is_file(path):
+        found = read_object(path, PLAN, DataError)
         best = found.pop("best", None)
         if found != plan:
             raise ConfigError(

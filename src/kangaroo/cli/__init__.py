@@ -2,9 +2,11 @@
 
 import sys
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
+from kangaroo.cli.output import checked_output, print_error
 from kangaroo.errors import KangarooError
 
 VERBS = {
@@ -23,9 +25,8 @@ VERBS = {
 
 def make_app(verb: str | None) -> typer.Typer:
     """The commands, of which only `verb` can be run: the others, and with them torch and models, are not loaded."""
-    app = typer.Typer(
-        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Faster text, the same tokens."
-    )
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    app.callback()(_about)
     for name, summary in VERBS.items():
         if name != verb:
             app.command(name, help=summary)(_not_loaded)
@@ -42,15 +43,46 @@ def _not_loaded() -> None:
     raise AssertionError("only the verb that the command line begins with is run")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kangaroo {import_module('kangaroo').__version__}")
+        raise typer.Exit
+
+
+def _about(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Which.")] = False,
+) -> None:
+    """Faster text, the same tokens."""
+
+
+MISUSE: type[Exception] = typer.BadParameter.__mro__[1]  # a wrong option or value, which typer gives no name
+STOPPED = 130
+
+
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 2."""
-    verb = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in VERBS else None
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     app = make_app(verb)
-    if verb is not None:
+    if verb in VERBS:
         import_module("transformers.utils.logging").disable_progress_bar()
     try:
-        app()
+        with checked_output():
+            sys.exit(_run(app))
     except KangarooError as error:
-        message = "; ".join([str(error), *getattr(error, "__notes__", [])])
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        print_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(2)
+
+
+def _run(app: typer.Typer) -> int:
+    try:
+        done = app(standalone_mode=False)
+        return done if isinstance(done, int) else 0
+    except MISUSE as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help has been shown
+            return 2
+        hint = f"; see {context.command_path} --help" if context is not None else ""
+        print_error(error.format_message().rstrip(".") + hint)  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return STOPPED

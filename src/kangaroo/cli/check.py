@@ -1,11 +1,11 @@
 """`kangaroo check`: is a drafter lossless on a model?"""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kangaroo.bench.check import SAMPLINGS, expect
+from kangaroo.bench.check import SAMPLINGS, CheckReport, expect
 from kangaroo.bench.check import check as check_drafter
 from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, with_model_options
@@ -47,10 +47,15 @@ def check(
             reports[name] = check_drafter(decoder, expected, batches=batch or [1, 4])
     lossless = all(report.problem is None for report in reports.values())
     if as_json:
-        facts = {name: asdict(report) | {"problem": report.problem} for name, report in reports.items()}
+        facts = {name: _facts(report) for name, report in reports.items()}
         exactness = asdict(any_decoder.target.exactness)
         print_json({"lossless": lossless, "exactness": exactness, "drafters": facts, "left_out": left_out})
     else:
         show_checks(reports, left_out, any_decoder.target.exactness)
     if not lossless:
         raise typer.Exit(1)
+
+
+def _facts(report: CheckReport) -> dict[str, Any]:
+    ties = [asdict(found) | {"tie": found.is_tie} for found in report.differences]
+    return asdict(report) | {"differences": ties, "problem": report.problem}

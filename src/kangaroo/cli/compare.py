@@ -1,5 +1,6 @@
 """`kangaroo compare`: every drafter on one prompt, side by side."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,12 +8,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from kangaroo.bench.compare import side_by_side
+from kangaroo.bench.check import find_divergence
+from kangaroo.bench.compare import Line, side_by_side
 from kangaroo.bench.drafted import Drafted
 from kangaroo.cli.generate import as_message
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, with_model_options
 from kangaroo.cli.terminal import notes, out, print_json, printable, show_lines
+from kangaroo.decoder import Decoder
 from kangaroo.errors import DataError
+from kangaroo.inputs import read_text
 from kangaroo.sampling import Sampling
 
 
@@ -39,21 +43,25 @@ def compare(
     with notes.status("comparing") as status:
         lines = side_by_side(methods, tokens, sampling, max_tokens=max_tokens, repeats=repeats, report=status.update)
     identical = all(line.identical for line in lines)
+    ties = {line.method for line in lines if not line.identical and is_tie(plain, tokens, lines[0], line, sampling)}
     exactness = plain.target.exactness
     if as_json:
-        print_json(
-            {
-                "identical": identical,
-                "exactness": asdict(exactness),
-                "drafters": [asdict(line) for line in lines],
-                "left_out": left_out,
-            }
-        )
+        drafters = [asdict(line) | ({} if line.identical else {"tie": line.method in ties}) for line in lines]
+        facts = {"identical": identical, "exactness": asdict(exactness), "drafters": drafters, "left_out": left_out}
+        print_json(facts)
     else:
         out.print(Text(printable(plain.tokenizer.decode(lines[0].tokens)) + "\n"))
-        show_lines(lines, left_out, exactness)
-    if not identical:
+        show_lines(lines, left_out, ties, exactness)
+    explained = ties if exactness.level == "ties" else set()
+    if any(not line.identical and line.method not in explained for line in lines):
         raise typer.Exit(1)
+
+
+def is_tie(plain: Decoder, prompt: Sequence[int], first: Line, other: Line, sampling: Sampling) -> bool:
+    """Whether rounding explains why an answer is not the first's; answers that change from run to run are no tie."""
+    if other.tokens == first.tokens:
+        return False
+    return find_divergence(plain, prompt, first.tokens, other.tokens, sampling).is_tie
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -62,6 +70,4 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise DataError("give one prompt: as an argument, or by --file")
     if file is None:
         return prompt or ""
-    if not file.is_file():
-        raise DataError(f"no prompt file at {file}")
-    return file.read_text(encoding="utf-8")
+    return read_text(file, "prompt file", DataError)

@@ -10,7 +10,8 @@ from kangaroo.cli.options import Drafter, Json, MaxTokens, ModelOptions, with_mo
 from kangaroo.cli.terminal import completion_facts, notes, print_json, show_batch, stats_facts, stream_answer
 from kangaroo.completion import Completion, Stats
 from kangaroo.decoder import Decoder
-from kangaroo.errors import DataError
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.inputs import read_text
 from kangaroo.sampling import Sampling
 from kangaroo.text import Prompt
 
@@ -38,6 +39,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text: one prompt, a file of prompts as a batch, or an interactive chat."""
+    if prompt is not None and prompts is not None:
+        raise ConfigError("give --prompt or --prompts, not both")
+    if as_json and prompt is None and prompts is None:
+        raise ConfigError("--json is for answers to --prompt or --prompts; a chat has none")
+    if samples != 1 and prompt is None and prompts is None:
+        raise ConfigError("--samples is for answers to --prompt or --prompts; a chat has one at a time")
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -59,19 +66,16 @@ def generate(
     else:
         lines = read_lines(prompts) if prompts is not None else [prompt or ""]
         done = decoder.generate([as_prompt(line) for line in lines], n=samples, **asked)
-        show([line for line in lines for _ in range(samples)], done, alone=prompts is None, as_json=as_json)
+        show([line for line in lines for _ in range(samples)], done, as_json=as_json)
 
 
-def show(prompts: list[str], done: list[Completion], *, alone: bool, as_json: bool) -> None:
-    """Finished answers, one for each prompt; `alone` is how a single one is printed as JSON."""
-    facts = [completion_facts(line, answer) for line, answer in zip(prompts, done, strict=True)]
-    counts = stats_facts(Stats.total(answer.stats for answer in done))
-    if not as_json:
-        show_batch(prompts, done)
-    elif alone and len(facts) == 1:
-        print_json(facts[0] | counts)
+def show(prompts: list[str], done: list[Completion], *, as_json: bool) -> None:
+    """Finished answers, one for each prompt."""
+    if as_json:
+        facts = [completion_facts(line, answer) for line, answer in zip(prompts, done, strict=True)]
+        print_json({"answers": facts, "stats": stats_facts(Stats.total(answer.stats for answer in done))})
     else:
-        print_json({"answers": facts} | counts)
+        show_batch(prompts, done)
 
 
 def as_message(text: str) -> Prompt:
@@ -83,9 +87,7 @@ def as_message(text: str) -> Prompt:
 
 def read_lines(path: Path) -> list[str]:
     """Non-empty lines of a file."""
-    if not path.is_file():
-        raise DataError(f"no prompt file at {path}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_text(path, "prompt file", DataError).split("\n") if line.strip()]
     if not lines:
         raise DataError(f"{path} holds no prompts")
     return lines
@@ -105,5 +107,12 @@ def chat(decoder: Decoder, asked: dict[str, Any]) -> None:
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        answer = stream_answer(decoder.stream(messages, **asked))
+        try:
+            answer = stream_answer(decoder.stream(messages, **asked))
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            messages.pop()
+            notes.print(f"{error}; that was left out: say less, or end the chat and begin another")
+            continue
         messages.append({"role": "assistant", "content": answer})

@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import DRAFTERS, find_drafter
 from kangaroo.errors import ConfigError
 from kangaroo.loading import DTYPES
+from kangaroo.machine import MOST_THREADS
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: by a short trial.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -45,7 +47,7 @@ class ModelOptions:
 
     def open(self, drafter: str) -> Decoder:
         """The Decoder; settings that are not given keep the drafter's defaults."""
-        check_threads(self.threads)
+        set_threads(self.threads)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         settings = self.parsed_settings
@@ -59,7 +61,7 @@ class ModelOptions:
             trust_remote_code=self.trust_remote_code,
             allow_other_target=self.allow_other_target,
             exact=self.exact,
-            threads=self.threads or "auto",
+            threads="auto" if self.threads is None else None,
             **self.files,
         )
         return plain if drafter == "none" and not settings else plain.with_drafter(drafter, **settings)
@@ -104,10 +106,12 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
-def check_threads(threads: int | None) -> None:
-    """Raise ConfigError before anything is loaded; None is chosen by a trial."""
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {threads}")
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; None leaves it to torch."""
+    if threads is not None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(f"--threads must be in 1..{MOST_THREADS}, got {threads}")
+        torch.set_num_threads(threads)
 
 
 def with_model_options(verb: Callable[..., None]) -> Callable[..., None]:

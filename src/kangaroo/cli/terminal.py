@@ -1,9 +1,10 @@
 """How results look: colour and bars for people, JSON for machines, plain text in a pipe."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -32,8 +33,17 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not 
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(facts) + "\n")
+    """One JSON object on standard output, as cli/schema.py describes it."""
+    sys.stdout.write(json.dumps(_without_nan(facts), allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no infinity: null stands for what is not a finite number."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:
@@ -49,7 +59,8 @@ def stream_answer(stream: AnswerStream) -> str:
         out.print(Text(printable(piece.text), style="green underline" if piece.drafted else ""), end="")
     out.print()
     stats = stream.stats
-    drafted = f"{stats.accepted} of {stats.emitted} tokens drafted" if stats.accepted else f"{stats.emitted} tokens"
+    tokens = f"{stats.emitted} token{'' if stats.emitted == 1 else 's'}"
+    drafted = f"{stats.accepted} of {tokens} drafted" if stats.accepted else tokens
     notes.print(
         f"{drafted}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim"
     )
@@ -139,7 +150,7 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
     for name, report in reports.items():
         rounds = report.rounds
         counts = (report.answers, report.tokens, report.bits, rounds.none, rounds.some, rounds.all, rounds.undrafted)
-        table.add_row(name, *map(str, counts), "lossless" if report.problem is None else f"FAILED: {report.problem}")
+        table.add_row(name, *map(str, counts), _verdict(report))
     _print_table(table, left_out)
     for name, report in reports.items():
         for found in report.differences[:10]:
@@ -150,6 +161,12 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
         out.print(f"lossless: {same}" + (", to the last bit of its logits" if exactness.level == "bitwise" else ""))
 
 
+def _verdict(report: CheckReport) -> str:
+    if report.problem is None:
+        return "lossless"
+    return f"FAILED: {report.problem}" if report.differences else f"inconclusive: {report.problem}"
+
+
 def _difference_line(found: Divergence) -> str:
     return (
         f"prompt {found.prompt}, temperature {found.temperature:g}, batch {found.batch}: token {found.position} is "
@@ -158,8 +175,8 @@ def _difference_line(found: Divergence) -> str:
     )
 
 
-def show_lines(lines: Sequence[Line], left_out: dict[str, str], exactness: Exactness) -> None:
-    """Methods side by side."""
+def show_lines(lines: Sequence[Line], left_out: dict[str, str], ties: Collection[str], exactness: Exactness) -> None:
+    """Methods side by side; `ties` differ by rounding."""
     out.print(f"exactness: {exactness}")
     table = Table(box=None)
     figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
@@ -169,7 +186,7 @@ def show_lines(lines: Sequence[Line], left_out: dict[str, str], exactness: Exact
         shares = (f"{part / line.seconds:.0%}" for part in (line.prefill, line.draft, line.verify, line.rest))
         table.add_row(
             line.method,
-            "identical" if line.identical else "DIFFERS",
+            "identical" if line.identical else "a tie" if line.method in ties else "DIFFERS",
             f"{line.tokens_per_second:.1f}",
             f"{line.speedup:.2f}",
             f"{line.compression_rate:.2f}",

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from kangaroo.cli.options import Threads, check_threads
+from kangaroo.cli.options import Threads, set_threads
 from kangaroo.cli.terminal import notes, out, training_progress
 from kangaroo.errors import ConfigError
 from kangaroo.training.loop import Interrupted
@@ -37,9 +36,7 @@ def train(
 
     Without a recipe, --model and --data train an adapter in --minutes, with settings that suit the model.
     """
-    check_threads(threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if (recipe is None) == (model is None):
         raise ConfigError("name a recipe, or a model to train an adapter for (--model)")
     if model is not None and max_steps is not None:

@@ -104,7 +104,9 @@ def draft_chain(
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
     logits [B, 1, V], or [B, 1, n] over a draft vocabulary. The token after which a row stops stays in the draft.
     """
-    limits = [max(0, min(most, row.room - 1)) * row.active for most, row in zip(limits, state.rows, strict=True)]
+    # A draft may be allowed to be longer than a row has slots for.
+    rooms = [min(row.room, state.spare) - 1 for row in state.rows]
+    limits = [max(0, min(most, room)) * row.active for most, room, row in zip(limits, rooms, state.rows, strict=True)]
     sure = list(stopping.begin(state)) if any(limits) else [True] * state.batch
     counts = [0] * state.batch
     tokens, probs = [state.pending], list[Tensor]()

@@ -1,11 +1,13 @@
 """From the settings a user gives to a drafter's configuration."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+from kangaroo.checks import need_type, shown
 from kangaroo.errors import ConfigError
 
 Settings = Mapping[str, Any]
@@ -19,7 +21,8 @@ def configure(kind: type[Config], settings: Settings, *, also: tuple[str, ...] =
     """
     own = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     refuse_unknown(settings, (*own, *also))
-    return kind(**{name: value for name, value in settings.items() if name in own})
+    hints = get_type_hints(kind)
+    return kind(**{name: need_type(name, value, hints[name]) for name, value in settings.items() if name in own})
 
 
 def refuse_unknown(settings: Settings, known: tuple[str, ...]) -> None:
@@ -35,4 +38,11 @@ def need_path(settings: Settings, name: str, advice: str) -> Path:
     """The path that a drafter cannot do without. Raises ConfigError with the advice."""
     if settings.get(name) is None:
         raise ConfigError(f"this drafter needs {name}: {advice}")
-    return Path(settings[name])
+    return to_path(name, settings[name])
+
+
+def to_path(name: str, value: object) -> Path:
+    """The setting as a path. Raises ConfigError if it cannot be one."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, got {shown(value)}")
+    return Path(value)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
+from kangaroo.inputs import is_file, need_file
 from kangaroo.machine import device_name, versions
 from kangaroo.training.recipe import Recipe, flatten, parse_recipe
 
@@ -51,22 +53,26 @@ def save_state(
         "identity": json.dumps(dict(progress.identity)),
         "checksum": _checksum(tensors),
     }
+    metadata["facts"] = facts_checksum(metadata)
     write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
 
 
 def read_progress(path: Path) -> Progress:
     """Where the run of a state file stands. Raises DataError if the file is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(need_file(path, "state", DataError), framework="pt") as file:
             metadata = file.metadata() or {}
-        return Progress(
-            step=int(json.loads(metadata["step"])),
-            best=json.loads(metadata.get("best", "null")),
-            recipe=json.loads(metadata.get("recipe", "null")),
-            identity=json.loads(metadata.get("identity", "{}")),
-        )
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        kinds = {"step": (int,), "best": (float, int, NoneType), "recipe": (dict, NoneType), "identity": (dict,)}
+        if metadata.get("facts", facts_checksum(metadata)) != facts_checksum(metadata):
+            raise ValueError("what it says of the run is damaged (checksum)")
+        given = {"best": "null", "recipe": "null", "identity": "{}"} | metadata
+        found = {name: json.loads(given[name]) for name in kinds}
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise DataError(f"cannot resume from {path}: {error}") from None
+    for name, allowed in kinds.items():
+        if not isinstance(found[name], allowed):
+            raise DataError(f"cannot resume from {path}: its {name} is damaged")
+    return Progress(**found)
 
 
 def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -103,6 +109,12 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"crc32:{crc:08x}"
 
 
+def facts_checksum(metadata: Mapping[str, str]) -> str:
+    """Of all that a state file says beside its tensors."""
+    facts = sorted((name, text) for name, text in metadata.items() if name != "facts")
+    return f"crc32:{zlib.crc32(json.dumps(facts).encode()):08x}"
+
+
 def training_provenance(
     recipe: Recipe, identity: Mapping[str, str], step: int, held_out: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -125,6 +137,7 @@ FREE = frozenset(
         "states",
         "states_gigabytes",
         "schedule.steps",  # longer or shorter; the decay moves with the end, and what has been learnt stays
+        "schedule.decay_steps",  # likewise: a run of unknown length decays when its time comes
         "run.checkpoint_every",
         "run.evaluate_every",
         "run.tensorboard",
@@ -145,7 +158,7 @@ def find_progress(recipe: Recipe, identity: Mapping[str, str], *, resume: bool) 
     """
     path = recipe.output / STATE
     fresh = Progress(0, None, recipe.model_dump(mode="json"), identity)
-    if not path.is_file():
+    if not is_file(path):
         if resume:
             raise ConfigError(f"nothing to resume: no run has started in {recipe.output}")
         return fresh

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo.documents import Document, Messages, apply_template, read_as_model, read_documents
+from kangaroo.chat import Messages
+from kangaroo.documents import Document, apply_template, read_as_model, read_documents
 from kangaroo.errors import DataError
+from kangaroo.inputs import open_file
 from kangaroo.training.recipe import DataSection
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
@@ -165,9 +167,7 @@ def hash_files(paths: Sequence[Path]) -> str:
         raise DataError("no data: name at least one file")
     digest = hashlib.sha256()
     for path in paths:
-        if not path.is_file():
-            raise DataError(f"no data file at {path}")
-        with path.open("rb") as file:
+        with open_file(path, "data file", DataError) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

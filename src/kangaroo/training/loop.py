@@ -16,7 +16,8 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 
-from kangaroo.errors import CapacityError, ConfigError
+from kangaroo.errors import CapacityError, ConfigError, KangarooError
+from kangaroo.inputs import is_file
 from kangaroo.training.batches import Batches
 from kangaroo.training.checkpoint import STATE, Progress, load_state, save_state, training_provenance
 from kangaroo.training.estimate import estimate
@@ -85,7 +86,7 @@ class Trainer:
         self.folder, self.identity = recipe.output, progress.identity
         self.step, self.best = progress.step, progress.best
         self.optimizer = make_optimizer(objective, recipe.optimizer)
-        if (self.folder / STATE).is_file():
+        if is_file(self.folder / STATE):
             load_state(self.folder / STATE, objective.parameters(), self.optimizer)
         else:
             self.checkpoint()
@@ -202,7 +203,7 @@ class Trainer:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KangarooError) as error:
             raise CapacityError(
                 f"cannot write to {self.folder} after step {self.step}: {error}. The checkpoint saved before is "
                 "intact; make room and resume"

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kangaroo.errors import ConfigError
+from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_text
+from kangaroo.inputs import is_file, parse_json, read_text
 
 METRICS = "metrics.jsonl"
 
@@ -52,12 +53,22 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file; a last line cut short by a kill is left out. A missing file has no rows."""
-    if not path.is_file():
+    """Rows of a metrics file; a last line cut short by a kill is left out. A missing file has no rows.
+
+    Raises DataError naming a malformed one.
+    """
+    if not is_file(path):
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     # A whole row ends in a newline, so what follows the last one is empty or torn.
-    return [json.loads(line) for line in lines[:-1]]
+    lines = read_text(path, "metrics file", DataError).split("\n")[:-1]
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _row(line: str, where: str) -> dict[str, float]:
+    row = parse_json(line, where, DataError, nan=True)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise DataError(f"{where}: damaged, as it does not say its step; delete the line to go on")
+    return row
 
 
 def _open_board(folder: Path, step: int) -> Any:

@@ -8,6 +8,7 @@ steps over rows whose states are kept.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 
+from kangaroo.checks import shown
 from kangaroo.drafters.kangaroo.self_draft import SelfDraft
-from kangaroo.errors import ConfigError
-from kangaroo.files import write_text
+from kangaroo.errors import ConfigError, ModelError
+from kangaroo.files import claim, write_text
 from kangaroo.loading import fastest_cpu_dtype, load_config
 from kangaroo.machine import synchronise
 from kangaroo.toml import lay_over
@@ -41,6 +43,8 @@ ROWS, LENGTH = 4, 512
 SHARE_OF_STATES = 0.4
 EVALUATIONS, FEWEST_STEPS = 10, 20
 RECIPE = "recipe.toml"
+SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "max_position_embeddings")
+"""Of a model, by their names in its configuration."""
 
 
 def train_quickly(
@@ -57,12 +61,17 @@ def train_quickly(
     `settings` replace what would be chosen, by dotted key ("adapter.exit_layer"). The recipe that it comes to is kept
     in the output folder, as recipe.toml: with it a run that was stopped goes on.
 
-    Raises ConfigError if the time is too short to learn anything in, or if the output folder holds a run; DataError or
-    ModelError.
+    Raises ConfigError if the time is too short to learn anything in, or if the output folder holds a run or another
+    process writes to it; DataError or ModelError.
     """
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes must be a number > 0, got {minutes}")
     deadline = time.perf_counter() + 60 * minutes
-    given = Given(paths)
-    recipe = choose_recipe(model, output, settings)
+    with claim(output):
+        return _train_until(deadline, choose_recipe(model, output, settings), Given(paths), report)
+
+
+def _train_until(deadline: float, recipe: AdapterRecipe, given: Given, report: TrainingReport) -> Path:
     target, tokenizer = load_target(recipe)
     find_progress(recipe, {}, resume=False)
     make_objective = begin_adapter(target, recipe)
@@ -75,7 +84,7 @@ def train_quickly(
     corpus = author.training(training[:limit])
     objective = make_objective(kept, corpus)
     recipe = _with_schedule(recipe, limit, steps)
-    write_text(output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+    write_text(recipe.output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
     report(_plan(objective, corpus, recipe, deadline - time.perf_counter()))
     progress = find_progress(recipe, {"data": given.digest, "target": target.fingerprint}, resume=False)
     return Trainer(objective, Packed(corpus), recipe, progress).fit(report)
@@ -85,25 +94,25 @@ def choose_recipe(model: str, output: Path, settings: Mapping[str, Any]) -> Adap
     """What suits a model, before it is known how long a step takes. Raises ModelError or ConfigError."""
     config = load_config(model).get_text_config()
     native = torch.cuda.is_available() or fastest_cpu_dtype() == torch.bfloat16
-    vocabulary = int(config.vocab_size)
+    vocabulary, layers, width, context = (_size(config, name) for name in SIZES)
     table: dict[str, Any] = {
         "kind": "adapter",
         "target": model,
         "states": str(output / "states"),
         "output": str(output),
         "adapter": {
-            "exit_layer": max(1, int(config.num_hidden_layers) // 16),
+            "exit_layer": max(1, layers // 16),
             "variant": "full-layer",
             "layers": 2,
             "draft_vocabulary": DRAFTED if vocabulary > LARGE else 0,
         },
         "loss": {"soft_cross_entropy": 1.0, "acceptance": 0.5},
         "data": {"held_out": 32},
-        "optimizer": {"learning_rate": RATE * min(1.0, WIDTH / int(config.hidden_size))},
+        "optimizer": {"learning_rate": RATE * min(1.0, WIDTH / width)},
         "schedule": {
             "steps": FEWEST_STEPS,
             "batch_sequences": ROWS,
-            "sequence_length": min(LENGTH, int(config.max_position_embeddings)),
+            "sequence_length": min(LENGTH, context),
         },
         "run": {"mixed_precision": "bf16" if native else "off", "dtype": "bfloat16" if native else "float32"},
         "evaluation": {"prompts": 32, "max_tokens": 96, "threshold": 0.3},
@@ -112,6 +121,13 @@ def choose_recipe(model: str, output: Path, settings: Mapping[str, Any]) -> Adap
     recipe = parse_recipe(table, "--model")
     assert isinstance(recipe, AdapterRecipe)
     return recipe
+
+
+def _size(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if type(value) is not int or value < 1:
+        raise ModelError(f"the model's {name} should be a number of at least 1, got {shown(value)}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from kangaroo.checks import shown
 from kangaroo.errors import ConfigError
 from kangaroo.toml import Count, Positive, Section, Share, Weight, parse_table, read_table
+
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Tokens = Annotated[int, Field(gt=0, le=1 << 20)]
+"""Of a sequence, or sequences of a batch: more would not fit in any memory."""
 
 
 class DataSection(Section):
@@ -29,7 +34,7 @@ class OptimizerSection(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Weight = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Below1, Below1] = (0.9, 0.95)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
@@ -41,13 +46,13 @@ class ScheduleSection(Section):
     decay_steps: Count = 0
     decay: Literal["linear", "cosine"] = "linear"
     """A straight line, or half a cosine wave (Loshchilov and Hutter 2017)."""
-    batch_sequences: Positive = 8
+    batch_sequences: Tokens = 8
     accumulate: Positive = 1
     """Micro-batches per optimiser step, each of `batch_sequences`; gradients are those of the joint batch."""
-    sequence_length: Positive = 256
+    sequence_length: Tokens = 256
     lengthen_at: Positive | None = None
     """From this step on, sequences are `long_sequence_length` long and as many fewer."""
-    long_sequence_length: Positive | None = None
+    long_sequence_length: Tokens | None = None
 
     @model_validator(mode="after")
     def _lengthen_both_or_neither(self) -> Self:
@@ -296,8 +301,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     Raises ConfigError naming the key, and the nearest known one for a key that does not exist.
     """
     table = read_table(path, overrides)
-    if table.get("kind") not in RECIPES:
-        raise ConfigError(f"{path}: kind must be one of {', '.join(RECIPES)}, got {table.get('kind')!r}")
+    kind = table.get("kind")
+    if not isinstance(kind, str) or kind not in RECIPES:
+        raise ConfigError(f"{path}: kind must be one of {', '.join(RECIPES)}, got {shown(kind)}")
     return parse_recipe(table, str(path))
 
 

@@ -14,7 +14,8 @@ from kangaroo.drafters.draft_vocabulary import count_tokens
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.drafters.medusa.heads import MedusaConfig, MedusaHeads
 from kangaroo.errors import ConfigError
-from kangaroo.files import write_atomically
+from kangaroo.files import claim, write_atomically
+from kangaroo.inputs import is_file
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
 from kangaroo.training.adapter import AdapterObjective
@@ -54,10 +55,11 @@ def train(
     Raises ConfigError, DataError, ModelError or CapacityError; Interrupted, a KeyboardInterrupt, after Ctrl-C.
     """
     settings = read_recipe(recipe, overrides)
-    if isinstance(settings, TargetRecipe):
-        return train_target(settings, data, report, resume=resume)
-    assert isinstance(settings, AdapterRecipe | MedusaRecipe), "read_recipe knows no other kind"
-    return train_for_target(settings, data, report, resume=resume)
+    with claim(settings.output):
+        if isinstance(settings, TargetRecipe):
+            return train_target(settings, data, report, resume=resume)
+        assert isinstance(settings, AdapterRecipe | MedusaRecipe), "read_recipe knows no other kind"
+        return train_for_target(settings, data, report, resume=resume)
 
 
 TEXTS = (WRITTEN, REGENERATED, SYNTHESISED)
@@ -78,10 +80,10 @@ def train_beside(
     would be the same, the target need not write them again.
     """
     folder = read_recipe(recipe, overrides).output
-    started = (folder / STATE).is_file()
+    started = is_file(folder / STATE)
     if not started:
         for name in TEXTS:
-            found = [other / name for other in others if (other / name).is_file()]
+            found = [other / name for other in others if is_file(other / name)]
             if found and not (folder / name).exists():
                 source = found[-1]
                 write_atomically(folder / name, lambda part, source=source: shutil.copyfile(source, part))  # type: ignore[misc]

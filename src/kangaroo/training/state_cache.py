@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kangaroo.errors import CapacityError, DataError
+from kangaroo.errors import CapacityError, DataError, KangarooError
 from kangaroo.files import write_atomically
+from kangaroo.inputs import is_file
 from kangaroo.model import Target
 from kangaroo.training.batches import Batch, place_documents
 from kangaroo.training.objective import LOGITS_AT_ONCE
@@ -84,7 +85,7 @@ class StateCache:
 
     def _row(self, row: Batch, mask: Tensor) -> Final:
         path = self._path(row, mask)
-        if path.is_file():
+        if is_file(path):
             return self._read(path)
         with torch.no_grad():
             x, _ = self.target.run(self.target.embed(row.tokens), place_documents(row), None)
@@ -116,7 +117,7 @@ class StateCache:
         self._room -= size
         try:
             write_atomically(path, lambda part: save_file(tensors, part))
-        except (OSError, SafetensorError) as error:
+        except KangarooError as error:
             raise CapacityError(
                 f"cannot keep the target's states in {self.folder}: {error}. Make room, or drop the recipe's states"
             ) from None

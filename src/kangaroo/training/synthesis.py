@@ -15,6 +15,7 @@ from typing import Any
 from kangaroo.documents import Document, apply_template, read_documents
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_text
+from kangaroo.inputs import is_file
 from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -111,7 +112,7 @@ class Synthesis:
         Raises DataError if too few documents are left to hold some out and train on the others.
         """
         path, source = self.recipe.output / SYNTHESISED, f"synthesis {self.digest[:16]}"
-        first = next(read_documents(path), None) if path.is_file() else None
+        first = next(read_documents(path), None) if is_file(path) else None
         if first is not None and first.source == source:
             return [path]
         rows = self._texts() if self.frame is None else self._conversations(self.frame)

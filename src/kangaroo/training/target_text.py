@@ -11,7 +11,8 @@ from kangaroo.decode import collect, decode, start
 from kangaroo.documents import Document
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import DataError
-from kangaroo.files import write_text
+from kangaroo.files import write_text, writing
+from kangaroo.inputs import is_file, parse_json, read_text
 from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -89,11 +90,11 @@ class Writer:
         is replaced.
         """
         header = {"requests": self._digest(requests)}
-        answers = _read(path, header)
+        answers = _read(path, header, self.target.vocab_size)
         clock = Clock(stage, len(answers), len(requests), self.report)
         text = "".join(json.dumps(row) + "\n" for row in [header, *answers])
         write_text(path, text)
-        with path.open("a", encoding="utf-8") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             for begin in range(len(answers), len(requests), self.batch):
                 new = self._generate(requests[begin : begin + self.batch])
                 file.write("".join(json.dumps(row) + "\n" for row in new))
@@ -113,9 +114,16 @@ class Writer:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read(path: Path, header: dict[str, str]) -> list[list[int]]:
-    if not path.is_file():
+def _read(path: Path, header: dict[str, str], limit: int) -> list[list[int]]:
+    """The answers in a file, if it was made for this header. Raises DataError for one that is damaged."""
+    if not is_file(path):
         return []
     # What follows the last newline is empty, or a row cut short by a kill.
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return rows[1:] if rows and rows[0] == header else []
+    lines = read_text(path, "file of answers", DataError).split("\n")[:-1]
+    rows = [parse_json(line, f"{path}, line {number}", DataError) for number, line in enumerate(lines, 1)]
+    if not rows or rows[0] != header:
+        return []
+    for number, row in enumerate(rows[1:], 2):
+        if not isinstance(row, list) or not row or not all(type(token) is int and 0 <= token < limit for token in row):
+            raise DataError(f"{path}, line {number}: damaged, as it should hold token ids; delete the file to go on")
+    return rows[1:]

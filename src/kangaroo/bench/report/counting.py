@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kangaroo.errors import DataError
+from kangaroo.inputs import is_file, read_text
 
 FAILED = "ERROR"
 """What the original writes in place of a turn that raised, beside the tokens and the time of another turn."""
@@ -58,10 +59,11 @@ class Count:
 
 def read_answers(path: Path) -> list[AnswerRow]:
     """The lines of an answer file. Raises DataError naming a malformed one, or if the file is missing or empty."""
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no answers in {path}: expected a JSONL file in Spec-Bench's format")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    lines = [line for line in read_text(path, "file of answers", DataError).split("\n") if line]
+    for number, line in enumerate(lines, 1):
         try:
             row = AnswerRow.model_validate_json(line)
         except ValidationError as error:

@@ -1,23 +1,25 @@
 """Runs read back from their folders: summaries, what they come from, and whether two of them may share a report."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kangaroo.bench.answers import ANSWERS
 from kangaroo.bench.cost import MethodCosts
 from kangaroo.bench.provenance import PROVENANCE
 from kangaroo.bench.questions import QuestionId
-from kangaroo.bench.records import BASELINE, read_records
+from kangaroo.bench.records import BASELINE, read_records, refuse_strangers
 from kangaroo.bench.report.bound import Bounds, bounds
 from kangaroo.bench.report.counting import AnswerRow, Count, corrected, legacy, read_answers
 from kangaroo.bench.report.grid import OVERALL, Grid, arrange
 from kangaroo.bench.report.statistics import Summary, summarise
 from kangaroo.errors import DataError
+from kangaroo.inputs import is_file, read_object
 from kangaroo.loading import load_tokenizer
 
 ALIKE = ("machine", "commit", "dirty", "versions")
@@ -84,7 +86,7 @@ def read_runs(folders: Sequence[Path], *, count: bool = False, against: str | No
     `against` names a method that the others are compared with too. Raises DataError for a folder that is incomplete or
     damaged, or given twice, or without that method; ModelError for a missing tokenizer.
     """
-    paths = [folder.resolve() for folder in folders]
+    paths = [Path(os.path.realpath(folder)) for folder in folders]
     for place, path in enumerate(paths):
         if path in paths[:place]:
             raise DataError(f"{folders[place]} is given twice")
@@ -96,33 +98,59 @@ def read_runs(folders: Sequence[Path], *, count: bool = False, against: str | No
 
 def read_run(folder: Path, name: str, *, count: bool = False, against: str | None = None) -> Run:
     """One of them."""
-    grid, provenance = arrange(read_records(folder)), read_provenance(folder)
+    records, provenance = read_records(folder), read_provenance(folder)
+    recipe = provenance.get("recipe", {})
+    if methods := recipe.get("methods"):
+        refuse_strangers(records, {method["name"] for method in methods}, folder)
+    grid = arrange(records)
     if against is not None and against not in grid.methods:
         raise DataError(f"{name} has no method {against!r} to compare with; it has {', '.join(grid.methods)}")
     try:
         costs = TypeAdapter(dict[str, MethodCosts]).validate_python(provenance.get("costs", {}))
     except ValidationError as error:
         raise DataError(f"{folder / PROVENANCE}: costs: {error.errors()[0]['msg']}") from None
-    recipe = provenance.get("recipe", {})
     if recipe.get("batch", 1) > 1:
         costs = {}  # they are of one question at a time
     counts = count_answers(folder, grid, str(recipe.get("model", "demo"))) if count else {}
     return Run(name, grid, summarise(grid), provenance, costs, counts, against)
 
 
+class _Named(BaseModel):
+    name: str
+    rule: str = "match"
+
+
+class _Recipe(BaseModel):
+    methods: list[_Named] = []
+    batch: int = 1
+
+
+class _Facts(BaseModel):
+    """What a report reads of a provenance, as far as it must be of some type."""
+
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    commit: str | None
+    recipe: _Recipe = _Recipe()
+    costs: dict[str, Any] = {}
+    resumed: list[dict[str, Any]] = []
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a run comes from. Raises DataError if that was not written down."""
     path = folder / PROVENANCE
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"{folder} does not say where its records come from: {PROVENANCE} is missing")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: {error}") from None
-    missing = [name for name in ALIKE if name not in facts] if isinstance(facts, dict) else list(ALIKE)
+    facts = read_object(path, PROVENANCE, DataError)
+    missing = [name for name in ALIKE if name not in facts]
     if missing:
         raise DataError(f"{path} does not say the run's {missing[0]}; run `kangaroo bench` again into a new folder")
-    return dict(facts)
+    try:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return facts
 
 
 def count_answers(folder: Path, grid: Grid, model: str) -> dict[str, dict[str, BothCounts]]:

@@ -32,7 +32,7 @@ def arrivals(committed: Committed) -> Iterator[Arrival]:
 
 def copy_chain(state: State, copies: Sequence[Sequence[int]]) -> Draft:
     """A draft of one chain per row, each cut to the room its row has; a row that has none drafts nothing."""
-    room, active = [row.room - 1 for row in state.rows], [row.active for row in state.rows]
+    room, active = [min(row.room, state.spare) - 1 for row in state.rows], [row.active for row in state.rows]
     cut = [list(copy[: max(0, free)]) if on else [] for copy, free, on in zip(copies, room, active, strict=True)]
     width = max(map(len, cut), default=0)
     device = state.tokens.device

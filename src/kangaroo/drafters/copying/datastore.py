@@ -11,18 +11,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kangaroo.checks import shown
 from kangaroo.documents import Document, read_as_model
-from kangaroo.drafters.copying.suffixes import Bytes, SuffixArray, bytes_to_sort, join, load_sorter
+from kangaroo.drafters.copying.suffixes import Bytes, SuffixArray, bytes_to_sort, id_bytes, join, load_sorter
 from kangaroo.errors import CapacityError, ConfigError, DataError
-from kangaroo.files import write_atomically
+from kangaroo.files import write_atomically, writing
+from kangaroo.inputs import is_file, is_folder, name_path, need_file
 from kangaroo.machine import available_bytes, human_bytes
 
-KIND, VERSION = "kangaroo datastore", 1
-_CHUNK = 256
+KIND, VERSION = "kangaroo datastore", 2
+"""From version 2 on a file holds a digest of its facts and arrays, which is compared whenever it is opened."""
+_CHUNK, _PIECE = 256, 1 << 22
 
 Stage = Literal["tokenise", "sort", "write"]
 BuildReport = Callable[[Stage, int], None]
@@ -53,8 +57,8 @@ class Datastore:
 
         Raises DataError if there is none, if it is damaged or of a newer version, or if its tokenizer is another.
         """
-        if not path.is_file():
-            raise DataError(f"there is no datastore at {path}: build one with `kangaroo datastore build`")
+        if not is_file(path):
+            raise DataError(f"there is no datastore at {name_path(path)}: build one with `kangaroo datastore build`")
         suffixes, built_with = _read(path)
         if built_with != _fingerprint(tokenizer):
             name = getattr(tokenizer, "name_or_path", "") or "this model"
@@ -74,8 +78,10 @@ def build_datastore(
     sorting needs more memory than there is.
     """
     sort, vocab_size = load_sorter(), max(tokenizer.get_vocab().values()) + 1
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"a datastore is one file, but {path} is a folder: name a file in it")
+    with writing(path):  # before minutes of work, not after them
+        path.parent.mkdir(parents=True, exist_ok=True)
     tokens = join(_tokenise(documents, tokenizer, report), vocab_size)
     if not len(tokens):
         raise DataError("there are no documents to build a datastore from")
@@ -119,6 +125,7 @@ def _write(path: Path, suffixes: SuffixArray, tokenizer: str) -> None:
         "documents": str(suffixes.documents),
         "tokens": str(len(suffixes.order) - suffixes.documents),
     }
+    facts["digest"] = _digest(facts, suffixes)
     save_file({"tokens": suffixes.tokens, "order": suffixes.order}, path, metadata=facts)
 
 
@@ -126,18 +133,64 @@ def _read(path: Path) -> tuple[SuffixArray, str]:
     """(what a file holds, mapped into memory, the fingerprint of the tokenizer it was built with)."""
     try:
         # Of safetensors' frameworks torch is the one that maps arrays instead of copying them.
-        with safe_open(path, framework="pt") as file:
+        with safe_open(need_file(path, "datastore", DataError), framework="pt") as file:
             facts = file.metadata() or {}
             if facts.get("kind") != KIND:
                 raise DataError(f"{path} is not a datastore: build one with `kangaroo datastore build`")
-            if int(facts["version"]) > VERSION:
+            numbers = {name: _number(facts, name, path) for name in ("version", "vocab_size", "documents", "tokens")}
+            if numbers["version"] > VERSION:
                 raise DataError(
                     f"{path} is a datastore of version {facts['version']}, this release reads up to {VERSION}: "
                     "install a newer one, or build it again with `kangaroo datastore build`"
                 )
-            tokens, order = (file.get_tensor(name).numpy() for name in ("tokens", "order"))
-    except SafetensorError as error:
+            tokens, order = (file.get_tensor(name) for name in ("tokens", "order"))
+    except (SafetensorError, OSError) as error:
         raise DataError(
             f"{path} is not a datastore, or is cut short ({error}): build it again with `kangaroo datastore build`"
         ) from None
-    return SuffixArray(tokens, order, int(facts["vocab_size"])), facts["tokenizer"]
+    _check_arrays(tokens, order, numbers, path)
+    suffixes = SuffixArray(tokens.numpy(), order.numpy(), numbers["vocab_size"])
+    _check_content(suffixes, facts, numbers, path)
+    return suffixes, facts.get("tokenizer", "")
+
+
+def _number(facts: dict[str, str], name: str, path: Path) -> int:
+    text = facts.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+        raise _damaged(path, f"its {name} is {shown(text)}")
+    return int(text)
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(f"{path} is damaged ({what}): build it again with `kangaroo datastore build`")
+
+
+def _check_arrays(tokens: torch.Tensor, order: torch.Tensor, numbers: dict[str, int], path: Path) -> None:
+    """Arrays of the types and sizes that the facts speak of, so that no place is looked for outside them."""
+    count, width = numbers["documents"] + numbers["tokens"], id_bytes(min(numbers["vocab_size"], 2**32 - 1))
+    if tokens.dtype != torch.uint8 or order.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        raise _damaged(path, f"arrays of {tokens.dtype} and {order.dtype}")
+    if not 1 <= numbers["vocab_size"] < 2**32 or tokens.shape != (count, width) or order.shape != (count,) or not count:
+        raise _damaged(path, f"arrays of {list(tokens.shape)} and {list(order.shape)} for {count} tokens")
+
+
+def _check_content(suffixes: SuffixArray, facts: dict[str, str], numbers: dict[str, int], path: Path) -> None:
+    """The digest; without one, in files of version 1, at least that every place lies in the text."""
+    if numbers["version"] >= 2:
+        if facts.get("digest") != _digest({k: v for k, v in facts.items() if k != "digest"}, suffixes):
+            raise _damaged(path, "its content is not what was written")
+    elif any(int(piece.max()) >= len(suffixes.order) for piece in _pieces(suffixes.order)):
+        raise _damaged(path, "places outside its text")
+
+
+def _digest(facts: dict[str, str], suffixes: SuffixArray) -> str:
+    """SHA-256 of the facts and both arrays, read in pieces: the file may be larger than memory."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for array in (suffixes.tokens, suffixes.order):
+        for piece in _pieces(array):
+            found.update(np.ascontiguousarray(piece).data)
+    return found.hexdigest()
+
+
+def _pieces(array: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    return (array[begin : begin + _PIECE] for begin in range(0, len(array), _PIECE))

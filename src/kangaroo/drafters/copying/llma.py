@@ -14,7 +14,7 @@ from kangaroo.cache import LayerShape
 from kangaroo.documents import read_documents
 from kangaroo.drafters.copying.arrivals import arrivals, copy_chain
 from kangaroo.drafters.copying.ngrams import NgramIndex, check_lengths
-from kangaroo.drafters.settings import Settings, configure
+from kangaroo.drafters.settings import Settings, configure, to_path
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -87,7 +87,7 @@ def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], LL
     """Settings: those of LLMAConfig; references, the path of a file of documents (JSONL, Parquet or text)."""
     config = configure(LLMAConfig, settings, also=("references",))
     path = settings.get("references")
-    references = None if path is None else read_references(Path(path), target, tokenizer, config)
+    references = None if path is None else read_references(to_path("references", path), target, tokenizer, config)
     return lambda: LLMA(config, references)
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 from kangaroo.errors import ConfigError
 
 Keep = Literal["first", "latest"]
+LONGEST_RUN, LONGEST_COPY = 64, 1023
+"""Every length of a run costs an entry per token; and no draft is longer than that."""
 
 
 class NgramIndex:
@@ -60,7 +62,9 @@ class NgramIndex:
 
 def check_lengths(shortest: int, longest: int, copied: int) -> None:
     """Raise ConfigError for runs to look for, or tokens to copy, that cannot be."""
-    if not 1 <= shortest <= longest:
-        raise ConfigError(f"n-grams need 1 <= shortest <= longest, got shortest {shortest} and longest {longest}")
-    if copied < 1:
-        raise ConfigError(f"max_draft must be at least 1, got {copied}")
+    if not 1 <= shortest <= longest <= LONGEST_RUN:
+        raise ConfigError(
+            f"n-grams need 1 <= shortest <= longest <= {LONGEST_RUN}, got shortest {shortest} and longest {longest}"
+        )
+    if not 1 <= copied <= LONGEST_COPY:
+        raise ConfigError(f"tokens copied at most (max_draft, max_copy) must be in 1..{LONGEST_COPY}, got {copied}")

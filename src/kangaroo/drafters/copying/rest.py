@@ -16,6 +16,7 @@ import torch
 
 from kangaroo.cache import LayerShape
 from kangaroo.drafters.copying.datastore import Datastore
+from kangaroo.drafters.copying.ngrams import LONGEST_RUN
 from kangaroo.drafters.copying.suffixes import Ids
 from kangaroo.drafters.settings import Settings, configure, need_path
 from kangaroo.errors import ConfigError
@@ -42,8 +43,11 @@ class RestConfig:
     def __post_init__(self) -> None:
         if not 2 <= self.nodes <= 64:
             raise ConfigError(f"nodes must be in 2..64, the pending token included, got {self.nodes}")
-        if not 1 <= self.shortest <= self.longest:
-            raise ConfigError(f"need 1 <= shortest <= longest, got shortest {self.shortest} and longest {self.longest}")
+        if not 1 <= self.shortest <= self.longest <= LONGEST_RUN:
+            raise ConfigError(
+                f"need 1 <= shortest <= longest <= {LONGEST_RUN}, got shortest {self.shortest} and longest "
+                f"{self.longest}"
+            )
         if self.continuation < 1 or self.occurrences < 1:
             raise ConfigError(
                 f"continuation and occurrences must be at least 1, got {self.continuation} and {self.occurrences}"

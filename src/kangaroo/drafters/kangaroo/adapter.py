@@ -22,6 +22,8 @@ from kangaroo.tree import Placement
 from kangaroo.weights import LATER, TrainedWeights
 
 Variant = Literal["kangaroo", "own-head", "full-layer", "mlp-only"]
+MOST_LAYERS = 64
+"""More would make no draft cheaper than a step of the target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +44,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ConfigError(f"adapter variant must be one of {', '.join(get_args(Variant))}, got {self.variant!r}")
-        if self.layers < 1:
-            raise ConfigError(f"an adapter has at least 1 layer, got {self.layers}")
+        if not 1 <= self.layers <= MOST_LAYERS:
+            raise ConfigError(f"an adapter has 1 to {MOST_LAYERS} layers, got {self.layers}")
         if self.draft_vocabulary < 0:
             raise ConfigError(f"draft_vocabulary is a number of tokens, or 0 for all, got {self.draft_vocabulary}")
         if self.draft_vocabulary and self.variant == "own-head":

@@ -4,16 +4,19 @@ Measured at training time on held-out text that the target wrote, stored beside 
 """
 
 import bisect
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from kangaroo.checks import shown
 from kangaroo.errors import AdapterError
 from kangaroo.files import write_json
+from kangaroo.inputs import is_file, read_object
 
 FILE = "calibration.json"
 BINS = 20
@@ -47,20 +50,31 @@ class Calibration:
     def load(cls, folder: Path) -> "Calibration":
         """Read calibration.json. Raises AdapterError if it is missing or damaged."""
         path = folder / FILE
-        if not path.is_file():
+        if not is_file(path):
             raise AdapterError(
                 f"no {FILE} in {folder}: stop = 'auto' needs calibrated confidences, which `kangaroo train` writes "
                 "beside an adapter; set a threshold instead, or train again"
             )
+        table = read_object(path, FILE, AdapterError)
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(tuple(table["confidence"]), tuple(table["right"]), float(table["after_right"]))
+            found = cls(_chances(table["confidence"]), _chances(table["right"]), *_chances([table["after_right"]]))
             rising = all(a < b for a, b in pairwise(found.confidence))
-            if not (rising and len(found.confidence) == len(found.right) > 0):
+            falling = any(a > b for a, b in pairwise(found.right))
+            if falling or not (rising and len(found.confidence) == len(found.right) > 0):
                 raise ValueError("the curve does not rise")
             return found
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise AdapterError(f"{path} is damaged: {error} is missing") from None
+        except ValueError as error:
             raise AdapterError(f"{path} is damaged: {error}") from None
+
+
+def _chances(values: Any) -> tuple[float, ...]:
+    """Probabilities, as a file should hold them."""
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    if not numbers or not all(math.isfinite(value) and 0 <= value <= 1 for value in values):
+        raise ValueError(f"chances are numbers in [0, 1], got {shown(values)}")
+    return tuple(map(float, values))
 
 
 def calibrate(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:

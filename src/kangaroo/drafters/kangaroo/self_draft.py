@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import LayerShape
+from kangaroo.checks import need_whole
 from kangaroo.drafters.chain import Chain, Stopping, draft_chain
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
@@ -100,7 +101,7 @@ def load_adapter(target: Target, settings: Settings) -> Adapter:
 
 def choose_exit_layer(target: Target, settings: Settings) -> int:
     """The setting exit_layer, or an eighth of the layers. Raises ConfigError."""
-    exit_layer = int(settings.get("exit_layer", max(1, target.num_layers // 8)))
+    exit_layer = need_whole("exit_layer", settings.get("exit_layer", max(1, target.num_layers // 8)))
     check_exit_layer(exit_layer, target)
     return exit_layer
 
@@ -126,7 +127,8 @@ class SelfChain:
         replaced: Callable[[Tensor, int], Tensor] = lambda tokens, k: tokens,
     ) -> Chain:
         """Draft. `replaced` says which tokens [B, 1] stand at the k-th node in place of those drafted there."""
-        where = self.model.target.prepare(state.place(self.nodes))
+        nodes = min(self.nodes, state.spare)  # a draft may be allowed to be longer than a row has room for
+        where = self.model.target.prepare(state.place(nodes))
         self._where, self._hidden = where, []
 
         def step(tokens: Tensor, k: int) -> Tensor:

@@ -1,0 +1,66 @@
+"""Choose what SmolLM2's adapter learns from among the model's own answers, and hold some prompts out for good.
+
+    python recipes/smollm2_texts.py smollm2_answers.jsonl.gz runs/answers.jsonl --held-out runs/dev.jsonl \\
+        --output runs/texts.jsonl
+
+Held out are prompts of the first file. Of the rest, answers that go round in circles are mostly left out (a model of
+this size often does, and little is to be learnt there), and so are half of those with a long prompt: a step pays for
+every token, and learns from the answer's.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kangaroo.demo.smollm2 import smollm2
+from kangaroo.documents import read_documents
+from kangaroo.files import write_text
+from kangaroo.loading import load_tokenizer
+from kangaroo.text import Tokenizer
+
+HELD_OUT, LENGTH, SHORTEST = 130, 512, 24
+"""Prompts held out; tokens of a row of training; tokens of an answer worth a row's place."""
+DENSE, CIRCULAR = 0.58, 0.5
+"""The answer's share of a document's tokens; the share of its runs of four tokens that are not repeated."""
+KEPT = {"dense": 1.0, "long": 0.5, "circular": 0.4}
+
+
+def main() -> None:
+    """Hold out, choose, write both down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("answers", type=Path, nargs="+")
+    for name in ("held-out", "output"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
+    files = [[{"source": d.source, "messages": d.messages} for d in read_documents(path)] for path in options.answers]
+    asked = list(dict.fromkeys(row["messages"][0]["content"] for row in files[0]))
+    random.Random(11).shuffle(asked)
+    held = set(asked[:HELD_OUT])
+    _write(options.held_out, [row for row in files[0] if row["messages"][0]["content"] in held])
+    rows = [row for file in files for row in file if row["messages"][0]["content"] not in held]
+    tokenizer, draw = Tokenizer(load_tokenizer(smollm2())), random.Random(3)
+    draw.shuffle(rows)
+    _write(options.output, [row for row in rows if draw.random() < KEPT.get(kind_of(row, tokenizer), 0)])
+
+
+def kind_of(row: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """One of KEPT, or "short": next to nothing to learn from within a row of training."""
+    prompt, answer = len(tokenizer.encode(row["messages"][:-1])), tokenizer.encode(row["messages"][-1]["content"])
+    if len(answer) < SHORTEST or prompt + SHORTEST > LENGTH:
+        return "short"
+    runs = {tuple(answer[i : i + 4]) for i in range(len(answer) - 3)}
+    if len(runs) < CIRCULAR * (len(answer) - 3):
+        return "circular"
+    return "dense" if len(answer) > DENSE * (len(answer) + prompt) else "long"
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{path}: {len(rows)} documents")
+
+
+if __name__ == "__main__":
+    main()

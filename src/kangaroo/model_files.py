@@ -1,0 +1,109 @@
+"""Models and tokenizers as folders: what transformers would stumble over is found, and said, first."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
+)
+
+from kangaroo.errors import ModelError
+from kangaroo.inputs import is_file, is_folder, name_path, read_object
+from kangaroo.machine import available_bytes, human_bytes
+
+TABLES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors.index.json",
+)
+_OF_LOADERS = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError, RuntimeError, TypeError),
+    *(ValueError, HFValidationError, SafetensorError, StrictDataclassError),
+)
+"""What reading a model's files raises, in transformers and below it, where they hold something unexpected."""
+
+
+@contextmanager
+def reading_model(what: str, name: str | Path) -> Iterator[None]:
+    """While a model's files are read by transformers: whatever it makes of them becomes a ModelError.
+
+    Files in a folder are looked at first, as a damaged one can look to transformers as if it were not there.
+    """
+    shown = name_path(name)
+    path = Path(name)
+    if is_folder(path):
+        for table in TABLES:
+            if is_file(path / table):
+                read_object(path / table, table, ModelError)
+    elif _must_be_a_folder(str(name)):
+        raise ModelError(f"cannot load {what} from {shown}: no such folder")
+    try:
+        with quietly():
+            yield
+    except _OF_LOADERS as error:
+        raise ModelError(f"cannot load {what} from {shown}: {first_line(error)}") from None
+    except Exception as error:
+        # tokenizers raises nothing more special than this for a tokenizer.json that it cannot read.
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"cannot load {what} from {shown}: {first_line(error)}") from None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No bars and no warnings: what they warn of is an error here, or looked for elsewhere."""
+    bars, verbosity = is_progress_bar_enabled(), get_verbosity()
+    disable_progress_bar()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        if bars:
+            enable_progress_bar()
+
+
+def check_size(name: str | Path, dtype: torch.dtype | None, **options: Any) -> None:
+    """Raise ModelError if a folder's config describes a model that memory could not hold, before any of it is made.
+
+    `options` are those that the model will be loaded with.
+    """
+    if not is_folder(Path(name)):
+        return
+    config = AutoConfig.from_pretrained(name, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    need = numbers * (dtype or getattr(config, "dtype", None) or torch.float32).itemsize
+    free = available_bytes(torch.device("cpu"))
+    if need > free and not torch.cuda.is_available():
+        raise ModelError(
+            f"the model that {name_path(name)}/config.json describes has {numbers:,} weights, which need "
+            f"{human_bytes(need)} of memory, where {human_bytes(free)} are free"
+        )
+
+
+def _must_be_a_folder(name: str) -> bool:
+    """Hub names have one slash at most, and begin with neither that nor a dot."""
+    return name.startswith((os.sep, ".", "~")) or name.count("/") > 1 or len(name) > 200 or not name.isprintable()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

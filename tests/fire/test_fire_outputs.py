@@ -1,0 +1,186 @@
+"""Where results go: places that cannot be written to, two writers at once, and what is promised of what is printed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from damage import Refused
+from pydantic import TypeAdapter
+
+from chat_model import SENTENCES
+from command import invoke
+from kangaroo.cli.schema import VERBS
+from kangaroo.errors import CapacityError, ConfigError
+from kangaroo.files import claim, write_json, write_text
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> str:
+    (tmp_path / "books.txt").write_text("\n\n\n".join(SENTENCES))
+    return str(tmp_path / "books.txt")
+
+
+def places(folder: Path) -> dict[str, Path]:
+    (folder / "file").write_text("kept")
+    (folder / "loop").symlink_to(folder / "loop")
+    return {
+        "a file": folder / "file",
+        "below a file": folder / "file" / "below",
+        "proc": Path("/proc/kangaroo"),
+        "long": folder / ("x" * 5000),
+        "loop": folder / "loop",
+        "null character": folder / "nu\0ll",
+    }
+
+
+@pytest.mark.parametrize("place", ["below a file", "proc", "long", "loop", "null character"])
+def test_a_datastore_that_cannot_be_written(
+    place: str, documents: str, model: str, refused: Refused, tmp_path: Path
+) -> None:
+    output = places(tmp_path)[place]
+    output = output / "x.rest" if place == "loop" else output
+    refused("datastore", "build", documents, "--model", model, "--output", str(output))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "proc", "long", "loop", "null character"])
+def test_an_output_folder_that_cannot_be_made(
+    place: str, documents: str, model: str, refused: Refused, tmp_path: Path
+) -> None:
+    output = places(tmp_path)[place]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'kind = "adapter"\ntarget = "{model}"\noutput = "x"\n[adapter]\nexit_layer = 1\n[schedule]\nsteps = 1\n'
+        "[data]\nheld_out = 2\n[evaluation]\nprompts = 2\nmax_tokens = 4\n"
+    )
+    refused("train", str(recipe), "--data", documents, "--output", str(output))
+    bench = tmp_path / "bench.toml"
+    bench.write_text(f'model = "{model}"\noutput = "x"\nlimit = 1\nmax_tokens = 2\n')
+    refused("bench", str(bench), "--output", str(output))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from kangaroo.files import claim
+with claim(Path(sys.argv[1])):
+    print(flush=True)
+    input()
+"""
+INTERRUPTED = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+from kangaroo_command import main
+main()
+"""
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    try:
+        with pytest.raises(ConfigError, match="another process is writing"), claim(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with claim(tmp_path):  # nothing is left of a process that was killed
+        pass
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_two_trainings_never_share_an_output(
+    resume: list[str], documents: str, model: str, refused: Refused, tmp_path: Path
+) -> None:
+    recipe, output = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text(
+        f'kind = "adapter"\ntarget = "{model}"\noutput = "{output}"\n[adapter]\nexit_layer = 1\n[schedule]\nsteps = 1\n'
+        "batch_sequences = 1\n[data]\nheld_out = 2\n[evaluation]\nprompts = 2\nmax_tokens = 4\n"
+    )
+    with claim(output):
+        assert "another process is writing" in refused("train", str(recipe), "--data", documents, *resume)
+    if not resume:
+        assert invoke("train", str(recipe), "--data", documents) == 0
+
+
+def test_a_full_disk_is_told_from_a_place_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "x", "old")
+
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", lambda path, text, encoding: full(path))
+    with pytest.raises(CapacityError, match="No space left on device; make room"):
+        write_json(tmp_path / "x", {})
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [["info", "--drafter", "none"], ["info", "--drafter", "none", "--json"], ["--help"]]
+)
+def test_output_to_a_full_disk(arguments: list[str], model: str) -> None:
+    command = [sys.executable, "-c", "from kangaroo_command import main; main()", *arguments]
+    command += ["--model", model] if arguments[0] == "info" else []
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: cannot write to standard output: No space left on device"]
+
+
+def test_an_interruption_while_the_program_loads() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "generate"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+# --- JSON
+
+
+def conforms(verb: str, text: str) -> None:
+    """Exactly the fields that the schema names, of their types."""
+    TypeAdapter(VERBS[verb]).validate_json(text)
+
+
+def test_what_is_printed_for_machines_is_what_the_schema_says(
+    model: str, documents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = ("--model", model, "--drafter", "early-exit", "--set", "exit_layer=1", "--json")
+    (tmp_path / "prompts.txt").write_text("Where?\nWhy?\n")
+    for given in (["--prompt", "Where?"], ["--prompts", str(tmp_path / "prompts.txt")]):
+        assert invoke("generate", *early, *given, "--max-tokens", "5") == 0
+        text = capsys.readouterr().out
+        conforms("generate", text)
+        for answer in json.loads(text)["answers"]:
+            assert len(answer["drafted"]) == len(answer["tokens"])
+    assert invoke("check", *early, "--prompts", "2", "--max-tokens", "3") == 1
+    conforms("check", capsys.readouterr().out)
+    assert invoke("info", *early) == 0
+    conforms("info", capsys.readouterr().out)
+    assert invoke("compare", "Where?", "--model", model, "--max-tokens", "4", "--repeats", "1", "--json") == 0
+    conforms("compare", capsys.readouterr().out)
+    build = ("datastore", "build", documents, "--model", model, "--output", str(tmp_path / "x.rest"), "--json")
+    assert invoke(*build) == 0
+    conforms("datastore build", capsys.readouterr().out)
+
+
+def test_the_document_names_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
+    for verb, kind in VERBS.items():
+        assert f"| `{verb}` |" in text
+        schema = TypeAdapter(kind).json_schema()
+        for part in (schema, *schema.get("$defs", {}).values()):
+            assert all(f"`{name}`" in text for name in part.get("properties", {}))
