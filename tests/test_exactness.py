@@ -26,7 +26,7 @@ from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ModelError
 from kangaroo.families import FAMILIES
 from kangaroo.model import Target
-from kangaroo.parts import find_rows
+from kangaroo.parts import find_rows, is_even
 from kangaroo.passes import PackedLinear, Pass, Rows, SteadyLinear, can_pack, computing, count_weights
 from kangaroo.sampling import Sampling
 from kangaroo.tree import place, place_chain
@@ -166,6 +166,37 @@ def test_where_no_way_is_found_ties_are_all_that_is_promised(monkeypatch: pytest
     run = Target(build("llama"))
     assert run.exactness.level == "ties"
     assert "linears of shape" in run.exactness.reason
+
+
+class Leftovers(nn.Module):
+    """An activation that treats the last values otherwise than the others, as vectorised ones do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.relu().flatten()
+        flat[len(flat) // 64 * 64 :] += 1e-6
+        return flat.view_as(x)
+
+
+def test_an_activation_that_depends_on_the_number_of_values_is_found_out() -> None:
+    verdicts = Verdicts(CPU)
+    assert not is_even(Leftovers(), 48, torch.float32, CPU, verdicts)
+    assert is_even(Leftovers(), 64, torch.float32, CPU, verdicts)
+    assert is_even(nn.ReLU(), 48, torch.float32, CPU, verdicts)
+
+
+def test_nothing_is_promised_of_an_uneven_activation() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Leftovers()
+    exactness = Target(model).exactness
+    assert exactness.level == "ties"
+
+
+@needs_bf16
+def test_products_that_were_not_tried_are_no_promise_in_a_short_precision() -> None:
+    run = Target(build("mixtral").to(torch.bfloat16))
+    assert run.exactness.level == "ties"
+    assert "were not tried by themselves" in run.exactness.reason
 
 
 @pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="this build of torch cannot pack weights")
