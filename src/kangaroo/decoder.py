@@ -190,6 +190,7 @@ def load(
     attn_implementation: str | None = None,
     allow_other_target: bool = False,
     exact: bool = True,
+    pack: bool | None = None,
     threads: int | Literal["auto"] | None = None,
     **settings: Any,
 ) -> Decoder:
@@ -202,8 +203,10 @@ def load(
 
     The model goes on the GPU if there is one. `dtype` defaults to the checkpoint's there and to what a CPU runs fastest
     otherwise. For device maps or quantisation, load the model with transformers and pass it in. `exact=False` gives up
-    the same bits with drafts and without, for what that costs (docs/speed.md). `threads` sets how many torch computes
-    with, in this whole process: a number, or "auto" for what a short trial finds fastest; None leaves that alone.
+    the same bits with drafts and without, for what that costs (docs/speed.md). `pack` has linears keep
+    their weights in the order in which a CPU reads them, and in no other; by default, where the model is loaded here.
+    `threads` sets how many torch computes with, in this whole process: a number, or "auto" for what a short trial finds
+    fastest; None leaves that alone.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
@@ -228,7 +231,7 @@ def load(
         name = tokenizer or loaded.config._name_or_path
         tokenizer = load_tokenizer(name, revision if tokenizer is None else None, trust_remote_code=trust_remote_code)
     plain = Decoder(
-        Target(loaded, exact=exact, pack=loaded is not model),
+        Target(loaded, exact=exact, pack=loaded is not model if pack is None else pack),
         NoDrafter,
         Tokenizer(tokenizer),
         end_tokens(loaded),
