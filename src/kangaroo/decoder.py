@@ -203,10 +203,9 @@ def load(
 
     The model goes on the GPU if there is one. `dtype` defaults to the checkpoint's there and to what a CPU runs fastest
     otherwise. For device maps or quantisation, load the model with transformers and pass it in. `exact=False` gives up
-    the same bits with drafts and without, for what that costs (docs/speed.md). `pack` has linears keep
-    their weights in the order in which a CPU reads them, and in no other; by default, where the model is loaded here.
-    `threads` sets how many torch computes with, in this whole process: a number, or "auto" for what a short trial finds
-    fastest; None leaves that alone.
+    the same bits with drafts and without, for what that costs (docs/speed.md). `pack` has linears keep their weights in
+    the order in which a CPU reads them, and in no other; by default, where the model is loaded here. `threads` sets how
+    many torch computes with, in this whole process: "auto" tries, None leaves that alone.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
@@ -219,10 +218,7 @@ def load(
     options = {"revision": revision, "attn_implementation": attn_implementation}
     options = {name: value for name, value in options.items() if value is not None}
     if isinstance(model, PreTrainedModel):
-        chosen = {"device": device, "dtype": dtype, **options}
-        wrong = next((name for name, value in chosen.items() if value is not None), None)
-        if wrong is not None:
-            raise ConfigError(f"the model is loaded already: {wrong} is for models that are loaded here; leave it out")
+        _refuse({"device": device, "dtype": dtype, **options})
         loaded = model
     else:
         loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code, **options)
@@ -230,8 +226,9 @@ def load(
     if tokenizer is None or isinstance(tokenizer, str | Path):
         name = tokenizer or loaded.config._name_or_path
         tokenizer = load_tokenizer(name, revision if tokenizer is None else None, trust_remote_code=trust_remote_code)
+    target = Target(loaded, exact=exact, pack=loaded is not model if pack is None else pack)
     plain = Decoder(
-        Target(loaded, exact=exact, pack=loaded is not model if pack is None else pack),
+        target,
         NoDrafter,
         Tokenizer(tokenizer),
         end_tokens(loaded),
@@ -239,3 +236,10 @@ def load(
         allow_other_target=allow_other_target,
     )
     return plain.with_drafter(drafter, **given)
+
+
+def _refuse(chosen: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what cannot be chosen of a model that is loaded already."""
+    wrong = next((name for name, value in chosen.items() if value is not None), None)
+    if wrong is not None:
+        raise ConfigError(f"the model is loaded already: {wrong} is for models that are loaded here; leave it out")
