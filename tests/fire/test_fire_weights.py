@@ -157,6 +157,7 @@ def test_every_bit_of_a_datastore_counts(built: Path, tokenizer: Any, tmp_path: 
         lambda facts, arrays: facts.update(vocab_size="9" * 5000),
         lambda facts, arrays: facts.update(vocab_size="0"),
         lambda facts, arrays: facts.update(version="x"),
+        lambda facts, arrays: facts.update(version="0"),
         lambda facts, arrays: facts.update(version="1", vocab_size="70000"),
         lambda facts, arrays: facts.update(version="1") or arrays.update(order=arrays["order"] + 10_000),
         lambda facts, arrays: facts.update(version="1") or arrays.update(order=arrays["order"].astype(np.int64)),
