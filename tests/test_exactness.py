@@ -25,9 +25,10 @@ from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ModelError
 from kangaroo.families import FAMILIES
+from kangaroo.linears import PackedLinear, PackedProduct, SteadyLinear, can_pack, count_weights
 from kangaroo.model import Target
 from kangaroo.parts import find_rows, is_even
-from kangaroo.passes import PackedLinear, Pass, Rows, SteadyLinear, can_pack, computing, count_weights
+from kangaroo.passes import Pass, Rows, computing
 from kangaroo.sampling import Sampling
 from kangaroo.tree import place, place_chain
 from kangaroo.trial import Exactness
@@ -123,22 +124,25 @@ def test_pieces_are_cut_and_filled_up() -> None:
         return x * 2
 
     x = torch.randn(10, 3)
-    assert torch.equal(Rows(4, padded=True).apply(product, x), x * 2)
+    assert torch.equal(Rows(4, 4).apply(product, x), x * 2)
     assert seen == [4, 4, 4]
     seen.clear()
-    assert torch.equal(Rows(4, padded=False).apply(product, x), x * 2)
+    assert torch.equal(Rows(4, 1).apply(product, x), x * 2)
     assert seen == [4, 4, 2]
+    seen.clear()
+    assert torch.equal(Rows(4, 3).apply(product, x), x * 2)
+    assert torch.equal(Rows(4, 3).apply(product, x[:1]), x[:1] * 2)
+    assert seen == [4, 4, 3, 3]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", [(24, 48), (64, 2112)])
 def test_a_way_is_found_that_gives_rows_the_same_bits_in_any_company(shape: tuple[int, int], packed: bool) -> None:
     linear = nn.Linear(shape[1], shape[0], bias=True).requires_grad_(False)
-    rows = find_rows(linear, packed and can_pack(torch.float32, CPU), Verdicts(CPU))
+    packs = packed and can_pack(torch.float32, CPU)
+    rows = find_rows([linear], packs, Verdicts(CPU))
     assert rows is not None
-    steady_linear = (
-        PackedLinear(linear, rows) if packed and can_pack(torch.float32, CPU) else SteadyLinear(linear, rows)
-    )
+    steady_linear = PackedLinear(linear, PackedProduct([linear], rows)) if packs else SteadyLinear(linear, rows)
     x = torch.randn(2, 9, shape[1]) * 100
     with computing(Pass(ways("sdpa")[0])):
         together = steady_linear(x)
@@ -156,9 +160,9 @@ def test_a_product_whose_order_depends_on_the_number_of_rows_is_found_out(monkey
 
     monkeypatch.setattr(functional, "linear", fickle)
     linear = nn.Linear(48, 24, bias=False).requires_grad_(False)
-    found = find_rows(linear, False, Verdicts(CPU))
+    found = find_rows([linear], False, Verdicts(CPU))
     assert found is not None
-    assert found.padded
+    assert found.least > 1
 
 
 def test_where_no_way_is_found_ties_are_all_that_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +222,25 @@ def test_packed_linears_look_like_those_they_were_made_from() -> None:
     taught = make_adapter(run)
     taught.initialise(0, from_target=True)
     assert torch.equal(taught.layers[0].attention.q_proj.weight, plain.model.layers[EXIT].self_attn.q_proj.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="this build of torch cannot pack weights")
+@torch.inference_mode()
+def test_linears_that_read_the_same_are_one_product() -> None:
+    made = [nn.Linear(32, out, bias=True).requires_grad_(False) for out in (16, 8, 8)]
+    product = PackedProduct(made, Rows(8, 2))
+    parts = [PackedLinear(linear, product, part) for part, linear in enumerate(made)]
+    asked: list[int] = []
+    honest = product._product
+    product._product = lambda x: asked.append(len(x)) or honest(x)  # type: ignore[method-assign, func-returns-value]
+    x, other = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
+    for linear, part in zip(made, parts, strict=True):
+        assert torch.allclose(part(x), linear(x), atol=1e-5)
+    assert len(asked) == 1
+    got = [parts[0](x), parts[1](other), parts[0](x), parts[2](x)]
+    wanted = [made[0](x), made[1](other), made[0](x), made[2](x)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted, strict=True)), "in any order, of any input"
+    assert product._latest is None, "nothing is kept once all have been asked"
 
 
 def test_a_model_that_was_passed_in_keeps_its_weights(tmp_path: Path) -> None:

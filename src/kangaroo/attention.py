@@ -1,8 +1,8 @@
 """Attention that gives a query the same bits in any company, through transformers' public interface for it.
 
 What a query gets from an attention kernel depends on how many queries are computed with it, and on how many masked
-slots follow those it can see. So within `steady` every query is a call's only one, or a row of its own, and
-looks at whole blocks of slots. Prompts go in blocks of 64 queries that begin at multiples of 64, whatever piece of a
+slots follow those it can see. So within `steady` queries go in calls of one fixed width, each with a mask of its own,
+and look at whole blocks of slots. Prompts go in blocks of 64 queries that begin at multiples of 64, whatever piece of a
 prompt a pass holds. Outside of `steady` a model's attention is its own.
 """
 
@@ -42,8 +42,8 @@ def ways(implementation: str) -> list[Attention]:
     by_hand = [Attention("math", 1, block) for block in (64, 512)]
     if implementation == "eager":
         return by_hand
-    # Buffers of a CPU's kernel are aligned alike for all threads if each call has a multiple of 8 queries.
-    return [Attention("sdpa", queries, block) for queries in (1, 8) for block in (64, 512)] + by_hand
+    # Eight at a time are as quick as one, and a CPU's kernel aligns the buffers of all threads alike.
+    return [Attention("sdpa", queries, block) for block in (64, 512) for queries in (8, 1)] + by_hand
 
 
 def _attend(
@@ -61,27 +61,49 @@ def attend(one: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if one.prompt is not None:
         return _in_blocks(one, query, key, value, mask, more)
     batch, heads, nodes, dim = query.shape
-    # The heads that share keys and values stand where several queries would.
-    grouped = (-1, key.shape[1], heads // key.shape[1], dim)
-    sinks = None if (s := more.get("s_aux")) is None else s.view(1, *grouped[1:3], 1)
+    group = heads // key.shape[1]
+    sinks = None if (s := more.get("s_aux")) is None else s.view(1, key.shape[1], group, 1)
     kernel = _Kernel(one.attention, _scale(query, more), more.get("softcap"), sinks)
+    # [B, H', N * Q, D]: the heads that share keys and values stand beside one another, as several queries would.
+    folded = query.view(batch, -1, group, nodes, dim).transpose(2, 3).reshape(batch, -1, nodes * group, dim)
     if one.paths is not None:
-        rows = query.transpose(1, 2)
-        each = zip(rows, key, value, mask, one.paths, strict=True)
-        parts = [
-            kernel(row.reshape(grouped), _along(k, path), _along(v, path), seen.transpose(0, 1)[:, None])
-            for row, k, v, seen, path in each
-        ]
-        out = torch.stack(parts)
+        out = torch.cat([_on_paths(kernel, *row) for row in zip(folded, key, value, mask, one.paths, strict=True)])
     elif nodes == 1:
-        out = kernel(query.reshape(grouped), key, value, mask)
-    elif batch == 1 and one.attention.kernel == "sdpa":
-        keys, values = key.expand(nodes, -1, -1, -1), value.expand(nodes, -1, -1, -1)
-        out = kernel(query[0].transpose(0, 1).reshape(grouped), keys, values, mask[0].transpose(0, 1)[:, None])
+        out = kernel(folded, key, value, mask)
     else:
-        ones = [(query[:, :, n].reshape(grouped), mask[:, :, n : n + 1]) for n in range(nodes)]
-        out = torch.stack([kernel(row, key, value, seen) for row, seen in ones], 1)
-    return out.reshape(batch, nodes, heads, value.shape[-1])
+        out = _in_pieces(kernel, folded, key, value, _folded(one, mask, group, kernel.width(group)))
+    out = out[:, :, : nodes * group].view(batch, key.shape[1], nodes, group, -1)
+    return out.transpose(1, 2).reshape(batch, nodes, heads, value.shape[-1])
+
+
+def _on_paths(kernel: "_Kernel", query: Tensor, key: Tensor, value: Tensor, mask: Tensor, paths: Tensor) -> Tensor:
+    """One row's tree: every node by itself, on keys and values in the order of its own path. -> [1, H', N * Q, D]."""
+    nodes = len(paths)
+    each = query.reshape(len(query), nodes, -1, query.shape[-1]).transpose(0, 1)
+    out = kernel(each, _along(key, paths), _along(value, paths), mask.transpose(0, 1)[:, None])
+    return out.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _in_pieces(kernel: "_Kernel", query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """query [B, H', N * Q, D] in pieces of the mask's [B, P, W, S] width -> [B, H', P * W, D]."""
+    batch, pieces, width = mask.shape[:3]
+    query = functional.pad(query, (0, 0, 0, pieces * width - query.shape[2]))
+    if batch == 1 and kernel.takes_views:
+        rows = query[0].reshape(-1, pieces, width, query.shape[-1]).transpose(0, 1)
+        out = kernel(rows, key.expand(pieces, -1, -1, -1), value.expand(pieces, -1, -1, -1), mask[0][:, None])
+        return out.transpose(0, 1).flatten(1, 2)[None]
+    parts = zip(torch.split(query, width, 2), torch.split(mask, 1, 1), strict=True)
+    return torch.cat([kernel(part, key, value, seen) for part, seen in parts], 2)
+
+
+def _folded(one: Pass, mask: Tensor, group: int, width: int) -> Tensor:
+    """The mask [B, 1, N, S] of folded queries, in pieces [B, P, W, S]; the layers of a pass share it."""
+    key = id(mask), group
+    if key not in one.masks:
+        rows = mask[:, 0].repeat_interleave(group, 1)
+        filled = functional.pad(rows, (0, 0, 0, -rows.shape[1] % width))
+        one.masks[key] = filled.reshape(len(mask), -1, width, mask.shape[-1])
+    return one.masks[key]
 
 
 def _along(states: Tensor, paths: Tensor) -> Tensor:
@@ -99,13 +121,22 @@ class _Kernel:
         self._scale, self._softcap, self._sinks = scale, softcap, sinks
         assert self._by_hand or (softcap is None and sinks is None), "only attention by hand knows soft-caps and sinks"
 
+    @property
+    def takes_views(self) -> bool:
+        """Whether keys and values that are read several times need not be copied."""
+        return not self._by_hand
+
+    def width(self, group: int) -> int:
+        """Queries of a call, if a node has so many: whole nodes where there are more than the way asks for."""
+        return -(-group // self._queries) * self._queries
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         if not self._by_hand:
-            heads = query.shape[2]
-            if missing := -heads % self._queries:
+            queries = query.shape[2]
+            if missing := self.width(queries) - queries:
                 query = functional.pad(query, (0, 0, 0, missing))
             out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale)
-            return out[:, :, :heads] if missing else out
+            return out[:, :, :queries] if missing else out
         scores = torch.matmul(query, key.transpose(-1, -2)) * self._scale
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap

@@ -19,9 +19,10 @@ from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.families import FAMILIES, FULL, ROTARY_IN_SLIDING_LAYERS_ONLY, SLIDING, context_limit, layer_kinds
 from kangaroo.fingerprint import fingerprint
+from kangaroo.linears import count_weights
 from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.norms import with_fused_norms
-from kangaroo.passes import Attention, Pass, computing, count_weights
+from kangaroo.passes import Attention, Pass, computing
 from kangaroo.rotary import RotaryTables
 from kangaroo.settle import settle
 from kangaroo.tree import Placement, place_chain, sequence

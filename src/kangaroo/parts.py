@@ -14,23 +14,30 @@ from torch.nn import functional
 
 from kangaroo.attention import attend, ways
 from kangaroo.cache import LayerShape
-from kangaroo.passes import PROMPT_ROWS, Attention, Pass, Product, Rows, pack, packed_product
+from kangaroo.linears import pack, packed_product
+from kangaroo.passes import PROMPT_ROWS, Attention, Pass, Product, Rows
 from kangaroo.verdicts import Verdicts
 
-LINEAR_WAYS = (Rows(16, False), Rows(8, False), Rows(8, True), Rows(16, True), Rows(4, True), Rows(2, True))
+LINEAR_WAYS = tuple(
+    Rows(*way) for way in ((16, 1), (8, 1), (16, 4), (8, 4), (16, 2), (8, 2), (8, 8), (16, 16), (4, 4), (2, 2))
+)
 """In pieces of how many rows a linear may be computed, cheapest first."""
 QUERIES, SLOTS = 8, 1536
 """Of the attention that is tried."""
 
 
-def find_rows(linear: nn.Linear, packed: bool, verdicts: Verdicts) -> Rows | None:
-    """In which pieces linears of this shape give a row the same bits in any company; None if in none that was tried."""
-    weight = linear.weight
-    kind = "packed" if packed else "plain"
-    name = f"{kind} {weight.dtype} {tuple(weight.shape)} bias {linear.bias is not None}"
+def find_rows(linears: Sequence[nn.Linear], packed: bool, verdicts: Verdicts) -> Rows | None:
+    """In which pieces a product over linears of these shapes gives a row the same bits in any company.
+
+    None if in none that was tried.
+    """
+    first, kind = linears[0], "packed" if packed else "plain"
+    shape = (sum(linear.out_features for linear in linears), first.in_features)
+    name = f"{kind} {first.weight.dtype} {shape} bias {first.bias is not None}"
     known = verdicts.get(name)
     if known is None:
-        found = next((way for way in LINEAR_WAYS if _is_steady(_tell_tale(linear, packed), way)), None)
+        tried = _tell_tale(first, shape[0], packed)
+        found = next((way for way in LINEAR_WAYS if _is_steady(tried, way)), None)
         verdicts.set(name, "none" if found is None else asdict(found))
         return found
     return None if known == "none" else Rows(**known)
@@ -56,10 +63,10 @@ def is_even(activation: nn.Module, width: int, dtype: torch.dtype, device: torch
     return bool(known)
 
 
-def _tell_tale(linear: nn.Linear, packed: bool) -> tuple[Product, Tensor]:
-    """A product of this linear's shape, and rows [64, K] whose results are all rounding."""
-    weight, bias = linear.weight, None if linear.bias is None else torch.zeros_like(linear.bias)
-    out, inner = weight.shape
+def _tell_tale(linear: nn.Linear, out: int, packed: bool) -> tuple[Product, Tensor]:
+    """A product like this linear's but with so many results, and rows [64, K] whose results are all rounding."""
+    weight, inner = linear.weight, linear.in_features
+    bias = None if linear.bias is None else linear.bias.new_zeros(out)
     random = torch.Generator().manual_seed(0)
     half, order = inner // 2, torch.randperm(inner, generator=random)
     first, second = order[:half], order[half : 2 * half]
@@ -93,7 +100,7 @@ def _is_steady(tried: tuple[Product, Tensor], way: Rows) -> bool:
 
 
 def _is_steady_in_prompts(product: Product, x: Tensor) -> bool:
-    way = Rows(PROMPT_ROWS, padded=True)
+    way = Rows(PROMPT_ROWS, PROMPT_ROWS)
     whole = way.apply(product, x)
     turned = all(torch.equal(way.apply(product, x.roll(turn, 0)).roll(-turn, 0), whole) for turn in (1, 9, 33))
     return turned and torch.equal(way.apply(product, x[:7]), whole[:7])
@@ -139,8 +146,9 @@ class _TriedAttention:
         least = -(-seen // self._way.block) * self._way.block
         alone = self._one_by_one(seen, least)
         for extent in {least, least + self._way.block, 1024}:
-            for rows in (len(alone), 1):
-                if extent >= least and not torch.equal(self._decode(rows, QUERIES, seen, extent), alone[:rows]):
+            for rows, count in ((len(alone), QUERIES), (1, QUERIES), (1, 2), (1, 3), (2, 5)):
+                wanted = alone[:rows, :count]
+                if extent >= least and not torch.equal(self._decode(rows, count, seen, extent), wanted):
                     return False
         return True
 

@@ -1,5 +1,6 @@
 """How a target is to be computed: its linears and its attention, chosen by trial, and what can be promised of them."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,10 +9,16 @@ from transformers import PreTrainedModel
 
 from kangaroo.cache import LayerShape
 from kangaroo.errors import ModelError
+from kangaroo.linears import PackedLinear, PackedProduct, SteadyLinear, can_pack, plain_linears
 from kangaroo.parts import find_attention, find_rows, is_even
-from kangaroo.passes import Attention, PackedLinear, Rows, SteadyLinear, can_pack, linears
+from kangaroo.passes import Attention, Rows
 from kangaroo.trial import Exactness, Tried, attempt, prove
 from kangaroo.verdicts import Verdicts
+
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears of one module that read the same input, by the names that transformers gives them."""
+Entry = tuple[nn.Module, str, nn.Linear]
+"""A linear, and where it is."""
 
 
 class Settled(Tried, Protocol):
@@ -42,7 +49,8 @@ def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
     packs = pack and can_pack(target.dtype, target.device)
     if not exact:
         if packs:
-            _replace(target, {}, packs)
+            products = _products(target, packs)
+            _replace(products, [None] * len(products), packs)
             target.compute_by(None)
         return Exactness("ties", "not asked for")
     return attempt(lambda: _try(target, packs))
@@ -52,18 +60,19 @@ def _try(target: Settled, packs: bool) -> Exactness:
     _need_the_interface(target)
     verdicts = Verdicts(target.device)
     implementation = target.config._attn_implementation
-    found = {_shape(linear): find_rows(linear, packs, verdicts) for _, _, linear in _linears(target)}
-    stubborn = [shape for shape, rows in found.items() if rows is None]
+    products = _products(target, packs)
+    found = [find_rows([linear for _, _, linear in product], packs, verdicts) for product in products]
+    stubborn = [product for product, rows in zip(products, found, strict=True) if rows is None]
     way = find_attention(target.shapes, int(target.config.num_attention_heads), implementation, _more(target), verdicts)
     if stubborn or way is None:
-        _replace(target, {}, packs)
+        _replace(products, [None] * len(products), packs)
         target.compute_by(None)
-        what = f"linears of shape {stubborn[0][0]}" if stubborn else "attention"
+        what = f"linears of shape {tuple(stubborn[0][0][2].weight.shape)}" if stubborn else "attention"
         exactness = Exactness("ties", f"{what}: no way that was tried gives a token the same bits in every pass")
     else:
-        _replace(target, {shape: rows for shape, rows in found.items() if rows is not None}, packs)
+        _replace(products, found, packs)
         target.compute_by(way)
-        how = _in_words(packs, [rows for rows in found.values() if rows is not None], way.kernel)
+        how = _in_words(packs, [rows for rows in found if rows is not None], way)
         name = f"model {target.fingerprint} {target.dtype} {implementation} packed {packs}"
         exactness = prove(target, name, verdicts, how)
         if exactness.level == "ties":
@@ -84,11 +93,15 @@ def _need_the_interface(target: Settled) -> None:
             )
 
 
-def _linears(target: Settled) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Those whose results reach the text: the layers' and the head."""
-    found = list(linears(target.layers))
-    head = [entry for entry in linears(target.model) if entry[2] is target.head]
-    return found + head
+def _products(target: Settled, packs: bool) -> list[list[Entry]]:
+    """The linears whose results reach the text, the layers' and the head; those that are joined together."""
+    found: dict[object, list[Entry]] = {}
+    for entry in [*plain_linears(target.layers), *(e for e in plain_linears(target.model) if e[2] is target.head)]:
+        parent, name, linear = entry
+        group = next((names for names in JOINED if packs and name in names), None)
+        key = name if group is None else (group, linear.in_features, linear.bias is None, linear.weight.dtype)
+        found.setdefault((id(parent), key), []).append(entry)
+    return list(found.values())
 
 
 def _doubt(target: Settled, verdicts: Verdicts) -> str | None:
@@ -106,17 +119,15 @@ def _doubt(target: Settled, verdicts: Verdicts) -> str | None:
     return None
 
 
-def _shape(linear: nn.Linear) -> tuple[tuple[int, ...], bool, torch.dtype]:
-    return tuple(linear.weight.shape), linear.bias is not None, linear.weight.dtype
-
-
-def _replace(target: Settled, rows: dict[Any, Rows], packs: bool) -> None:
-    for parent, name, linear in _linears(target):
-        own = rows.get(_shape(linear))
+def _replace(products: list[list[Entry]], rows: Sequence[Rows | None], packs: bool) -> None:
+    for product, own in zip(products, rows, strict=True):
         if packs:
-            setattr(parent, name, PackedLinear(linear, own))
+            packed = PackedProduct([linear for _, _, linear in product], own)
+            for part, (parent, name, linear) in enumerate(product):
+                setattr(parent, name, PackedLinear(linear, packed, part))
         elif own is not None:
-            setattr(parent, name, SteadyLinear(linear, own))
+            for parent, name, linear in product:
+                setattr(parent, name, SteadyLinear(linear, own))
 
 
 def _more(target: Settled) -> dict[str, Any]:
@@ -130,12 +141,13 @@ def _more(target: Settled) -> dict[str, Any]:
     return more
 
 
-def _in_words(packs: bool, rows: list[Rows], kernel: str) -> str:
-    widths = sorted({one.most for one in rows if one.padded})
+def _in_words(packs: bool, rows: list[Rows], way: Attention) -> str:
+    least = max(one.least for one in rows)
     return ", ".join(
         [
             "packed linears" if packs else "plain linears",
-            f"some {widths[0]} rows wide" if widths else "any number of rows",
-            "attention query by query" + ("" if kernel == "sdpa" else ", by hand"),
+            f"some at least {least} rows wide" if least > 1 else "any number of rows",
+            ("attention" if way.kernel == "sdpa" else "attention by hand")
+            + (f" {way.queries} queries wide" if way.queries > 1 else " query by query"),
         ]
     )

@@ -15,8 +15,8 @@ from kangaroo.drafters.kangaroo.costs import Costs, measure_costs
 from kangaroo.drafters.kangaroo.lookup import KangarooLookup
 from kangaroo.drafters.kangaroo.tree import KangarooTree
 from kangaroo.drafters.medusa.drafter import Medusa, MedusaTree
+from kangaroo.linears import count_weights
 from kangaroo.model import Target
-from kangaroo.passes import count_weights
 
 SELF_DRAFTING = (Kangaroo, KangarooTree, KangarooLookup)
 """What drafts with the target's first layers."""

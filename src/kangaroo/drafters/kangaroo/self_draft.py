@@ -10,8 +10,8 @@ from kangaroo.checks import need_whole
 from kangaroo.drafters.chain import Chain, Stopping, draft_chain
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
+from kangaroo.linears import count_weights
 from kangaroo.model import Target, check_exit_layer
-from kangaroo.passes import count_weights
 from kangaroo.state import Committed, State
 from kangaroo.tree import Draft, Placement, place_at
 
