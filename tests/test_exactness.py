@@ -24,7 +24,8 @@ from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ModelError
-from kangaroo.families import FAMILIES
+from kangaroo.families import FAMILIES, LIKE_LLAMA
+from kangaroo.fused import FusedLayer, in_fewer_calls
 from kangaroo.linears import PackedLinear, PackedProduct, SteadyLinear, can_pack, count_weights
 from kangaroo.model import Target
 from kangaroo.parts import find_rows, is_even
@@ -250,6 +251,41 @@ def test_a_model_that_was_passed_in_keeps_its_weights(tmp_path: Path) -> None:
     assert list(model.state_dict()) == names
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     model.save_pretrained(tmp_path)
+
+
+# --- layers in fewer calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", sorted(LIKE_LLAMA))
+@torch.inference_mode()
+def test_layers_of_llama_s_kind_are_fused_to_the_same_bits(family: str, dtype: torch.dtype) -> None:
+    run = Target(build(family).to(dtype), pack=True)
+    assert all(isinstance(layer, FusedLayer) for layer in run._run_as)
+    plain = [layer._layer for layer in run._run_as]
+    for batch, nodes, parents in ((1, 1, None), (2, 5, None), (2, 4, [-1, 0, 0, 1])):
+        at = torch.arange(3, 3 + batch)
+        where = place_chain(at, nodes, 16) if parents is None else place(at, torch.tensor([parents] * batch), 16)
+        x, got = torch.randn(batch, nodes, run.width, dtype=dtype), []
+        for layers in (plain, run._run_as):
+            run._run_as = layers
+            cache = run.new_cache(batch, 16)
+            got.append([run.run(x, where, cache)[0], *cache.visible(16)[1]])
+        assert all(map(torch.equal, *got))
+
+
+def test_a_layer_that_does_more_is_left_as_it_is() -> None:
+    model = build("llama")
+    honest, watched = type(model.model.layers[0].self_attn).forward, model.model.layers[1].mlp
+    model.model.layers[0].self_attn.forward = lambda *args, **more: honest(
+        model.model.layers[0].self_attn, *args, **more
+    )
+    watched.register_forward_hook(lambda *_: None)
+    run = Target(model)
+    assert [isinstance(layer, FusedLayer) for layer in run._run_as[:3]] == [False, False, True]
+    kept = run._run_as[2]._layer
+    assert isinstance(in_fewer_calls(kept, lambda layer: [torch.ones(1)]), FusedLayer)
+    assert in_fewer_calls(kept, lambda layer: [torch.tensor(float(layer is kept))]) is kept, "other bits"
 
 
 # --- attention

@@ -15,6 +15,8 @@ FAMILIES = frozenset(
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families without layer types that look through `sliding_window` in every layer.
 WINDOWED_THROUGHOUT = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})
+LIKE_LLAMA = {"llama", "mistral", "qwen2"}
+"""Families whose layers are Llama's, but for biases and windows."""
 # Families that rotate keys and queries in their sliding layers only: an adapter needs a layer that knows positions.
 ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
 

@@ -53,14 +53,15 @@ class PackedProduct:
     def part(self, x: Tensor, part: int) -> Tensor:
         """What one of the linears makes of x [..., K]: all are computed for the first that is asked."""
         if len(self.widths) == 1:
-            return self._all(x)
+            return self(x)
         latest, one = self._latest, current()
         if latest is None or latest[0] is not x or latest[1] is not one:
-            latest = (x, one, torch.split(self._all(x), self.widths, -1))
+            latest = (x, one, torch.split(self(x), self.widths, -1))
         self._latest = None if part == len(self.widths) - 1 else latest
         return latest[2][part]
 
-    def _all(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        """What all of the linears make of x [..., K], one behind the other."""
         return _in_pieces(self._product, x, self.rows)
 
     def _product(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ than this is refused instead of decoded wrongly.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,17 @@ from transformers import PreTrainedModel
 from kangaroo.attention import OWN, steady
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
-from kangaroo.families import FAMILIES, FULL, ROTARY_IN_SLIDING_LAYERS_ONLY, SLIDING, context_limit, layer_kinds
+from kangaroo.families import (
+    FAMILIES,
+    FULL,
+    LIKE_LLAMA,
+    ROTARY_IN_SLIDING_LAYERS_ONLY,
+    SLIDING,
+    context_limit,
+    layer_kinds,
+)
 from kangaroo.fingerprint import fingerprint
+from kangaroo.fused import in_fewer_calls
 from kangaroo.linears import count_weights
 from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.norms import with_fused_norms
@@ -49,7 +59,7 @@ class Target:
         self._refuse_what_cannot_work()
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
-        self._run_as = [with_fused_norms(layer) for layer in self.layers]
+        self._run_as: list[Any] = [with_fused_norms(layer) for layer in self.layers]
         self._norm = base.norm if hasattr(base, "norm") else base.final_layernorm
         self._embedding, self._head = model.get_input_embeddings(), model.lm_head
         self.num_layers, self.width = len(self.layers), int(self.config.hidden_size)
@@ -70,6 +80,19 @@ class Target:
         """Have passes with a cache take their attention this way; None leaves it to the model."""
         self._way, self._head = way, self.model.lm_head
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
+        if way is not None and self.config.model_type in LIKE_LLAMA:
+            for index, layer in enumerate(self._run_as):
+                self._run_as[index] = in_fewer_calls(layer, partial(self._tried, index))
+
+    @torch.inference_mode()
+    def _tried(self, index: int, layer: Any) -> list[Tensor]:
+        """What a layer makes of some states if it is run as the index-th, and what it stores."""
+        random = torch.Generator().manual_seed(index)
+        x = torch.randn(1, TRIAL, self.width, generator=random).to(self.device, self.dtype)
+        cache, self._run_as[index] = self.new_cache(1, TRIAL + 1), layer
+        where = place_chain(torch.tensor([1], device=self.device), TRIAL, TRIAL + 1, 1)
+        done, _ = self.run(x, where, cache, start=index, stop=index + 1)
+        return [done, *cache.visible(TRIAL + 1)[index]]
 
     @property
     def exactness(self) -> Exactness:

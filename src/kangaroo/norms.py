@@ -23,9 +23,9 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], scaled in single precision whatever that of x."""
-        if x.dtype == torch.float32:
-            return self.weight * functional.rms_norm(x, self.weight.shape, eps=self._epsilon)
-        return self.weight * functional.rms_norm(x.float(), self.weight.shape, eps=self._epsilon).to(x.dtype)
+        if x.dtype == torch.float64:
+            return self.weight * functional.rms_norm(x.float(), self.weight.shape, eps=self._epsilon).to(x.dtype)
+        return self.weight * functional.rms_norm(x, self.weight.shape, eps=self._epsilon)  # it widens short numbers
 
 
 def with_fused_norms(layer: nn.Module) -> nn.Module:

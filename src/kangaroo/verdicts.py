@@ -10,7 +10,7 @@ from kangaroo.errors import CapacityError, ConfigError
 from kangaroo.files import cache_folder, write_json
 from kangaroo.machine import device_name, machine, versions
 
-VERSION = 5
+VERSION = 6
 """Of the trials themselves: what another version found is tried again."""
 
 
