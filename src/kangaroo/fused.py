@@ -51,7 +51,8 @@ class FusedLayer:
         seen = attend(one, queries, keys, values, attention_mask, scaling=self._scaling)
         x = x + self._write(seen.reshape(*x.shape[:2], -1))
         gate, up = self._widen(self._norm_mid(x)).chunk(2, -1)
-        return x + self._narrow(self._activation(gate) * up)
+        narrowed: Tensor = self._narrow(self._activation(gate) * up)
+        return x + narrowed
 
 
 def _joined(linears: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:

@@ -4,7 +4,7 @@ A matrix product adds up a row's terms in an order that may depend on how many r
 therefore replaced by ones that know a `Rows`: in pieces of how many rows they give every row the bits it gets alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from torch.nn import functional
 from kangaroo.passes import PROMPT_ROWS, Pass, Product, Rows, current
 
 _OF_PROMPTS = Rows(PROMPT_ROWS, PROMPT_ROWS)
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears of one module that read the same input, by the names that transformers gives them."""
+Entry = tuple[nn.Module, str, nn.Linear]
+"""A linear, and the module and the name by which it is found."""
 
 
 class SteadyLinear(nn.Linear):
@@ -140,12 +144,30 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def plain_linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, linear) of every plain linear within a module: nobody has replaced its `forward`."""
+def plain_linears(module: nn.Module) -> Iterator[Entry]:
+    """Every plain linear within a module: nobody has replaced its `forward`."""
     for parent in module.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear and "forward" not in vars(child) and child.weight.device.type != "meta":
                 yield parent, name, child
+
+
+def products(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """The linears, those together that are packed together."""
+    found: dict[object, list[Entry]] = {}
+    for entry in entries:
+        parent, name, linear = entry
+        group = next((names for names in _JOINED if name in names), name)
+        key = id(parent), group, linear.in_features, linear.bias is None, linear.weight.dtype
+        found.setdefault(key, []).append(entry)
+    return list(found.values())
+
+
+def pack_together(product: list[Entry], rows: Rows | None = None) -> None:
+    """Replace linears that read the same input by packed ones."""
+    packed = PackedProduct([linear for _, _, linear in product], rows)
+    for part, (parent, name, linear) in enumerate(product):
+        setattr(parent, name, PackedLinear(linear, packed, part))
 
 
 def count_weights(module: nn.Module) -> int:

@@ -127,7 +127,7 @@ class Target:
         way = None if cache is None else self._way
         past = None if cache is None else CacheWindow(cache, where, range(start, stop), _extent(where, way))
         inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in set(self._kinds[start:stop])}
-        with self._computing(where, way):
+        with self._computing(where, way, self.config):
             for index in range(start, stop):
                 kind = self._kinds[index]
                 x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[kind])
@@ -136,13 +136,13 @@ class Target:
         return x.to(self.device), features
 
     @contextmanager
-    def _computing(self, where: Placement, way: Attention | None) -> Iterator[None]:
+    def _computing(self, where: Placement, way: Attention | None, config: Any) -> Iterator[None]:
         if way is None:
             yield
             return
         assert where.start is not None or not where.prompt, "prompts stand at the same positions in all rows"
         one = Pass(way, where.start if where.prompt else None, self._paths(where, way))
-        with steady(self.config, one):
+        with steady(config, one):
             yield
 
     def _paths(self, where: Placement, way: Attention) -> Tensor | None:
@@ -186,7 +186,9 @@ class Target:
         # Of a tree, the target's masks are in the order of paths; else they will do.
         way = None if cache is None or where.branches else self._way
         past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
-        return attention(x, past_key_values=past, **self._layer_inputs(self._adapter_kind, where, x, way))[0]  # type: ignore[no-any-return]
+        inputs = self._layer_inputs(self._adapter_kind, where, x, way)
+        with self._computing(where, way, attention.config):
+            return attention(x, past_key_values=past, **inputs)[0]  # type: ignore[no-any-return]
 
     def new_attention(self, place: int = 0) -> nn.Module:
         """An untrained attention module of the family's own class that stores K/V as one more layer of the cache.
@@ -220,9 +222,10 @@ class Target:
 
     def storage_shape(self, attention: nn.Module) -> LayerShape:
         """What a module made by `new_attention` stores per slot."""
-        recorder, like = Recorder(), next(attention.parameters())
-        x = torch.zeros(1, 1, self.width, dtype=like.dtype, device=like.device)
-        where = sequence(1, 1, like.device)
+        recorder, like = Recorder(), next(attention.parameters(), None)  # none if it is packed
+        dtype, device = (self.dtype, self.device) if like is None else (like.dtype, like.device)
+        x = torch.zeros(1, 1, self.width, dtype=dtype, device=device)
+        where = sequence(1, 1, device)
         with torch.no_grad():
             attention(x, past_key_values=recorder, **self._layer_inputs(self._adapter_kind, where, x))
         (shape,) = recorder.shapes.values()

@@ -33,12 +33,17 @@ def with_fused_norms(layer: nn.Module) -> nn.Module:
 
     A layer whose `forward` a library has replaced on the object (offloading does) stays as it is.
     """
-    fused = {name: norm for name, child in layer.named_children() if (norm := _fuse(child)) is not None}
+    fused = fused_norms(layer)
     if not fused or "forward" in vars(layer):
         return layer
     view = copy.copy(layer)
     view._modules = {**layer._modules, **fused}
     return view
+
+
+def fused_norms(module: nn.Module) -> dict[str, FusedNorm]:
+    """What may stand for a module's norms, by their names."""
+    return {name: norm for name, child in module.named_children() if (norm := _fuse(child)) is not None}
 
 
 @torch.no_grad()

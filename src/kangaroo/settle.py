@@ -9,16 +9,11 @@ from transformers import PreTrainedModel
 
 from kangaroo.cache import LayerShape
 from kangaroo.errors import ModelError
-from kangaroo.linears import PackedLinear, PackedProduct, SteadyLinear, can_pack, plain_linears
+from kangaroo.linears import Entry, SteadyLinear, can_pack, pack_together, plain_linears, products
 from kangaroo.parts import find_attention, find_rows, is_even
 from kangaroo.passes import Attention, Rows
 from kangaroo.trial import Exactness, Tried, attempt, prove
 from kangaroo.verdicts import Verdicts
-
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears of one module that read the same input, by the names that transformers gives them."""
-Entry = tuple[nn.Module, str, nn.Linear]
-"""A linear, and where it is."""
 
 
 class Settled(Tried, Protocol):
@@ -49,8 +44,8 @@ def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
     packs = pack and can_pack(target.dtype, target.device)
     if not exact:
         if packs:
-            products = _products(target, packs)
-            _replace(products, [None] * len(products), packs)
+            linears = _products(target, packs)
+            _replace(linears, [None] * len(linears), packs)
             target.compute_by(None)
         return Exactness("ties", "not asked for")
     return attempt(lambda: _try(target, packs))
@@ -60,17 +55,17 @@ def _try(target: Settled, packs: bool) -> Exactness:
     _need_the_interface(target)
     verdicts = Verdicts(target.device)
     implementation = target.config._attn_implementation
-    products = _products(target, packs)
-    found = [find_rows([linear for _, _, linear in product], packs, verdicts) for product in products]
-    stubborn = [product for product, rows in zip(products, found, strict=True) if rows is None]
+    linears = _products(target, packs)
+    found = [find_rows([linear for _, _, linear in product], packs, verdicts) for product in linears]
+    stubborn = [product for product, rows in zip(linears, found, strict=True) if rows is None]
     way = find_attention(target.shapes, int(target.config.num_attention_heads), implementation, _more(target), verdicts)
     if stubborn or way is None:
-        _replace(products, [None] * len(products), packs)
+        _replace(linears, [None] * len(linears), packs)
         target.compute_by(None)
         what = f"linears of shape {tuple(stubborn[0][0][2].weight.shape)}" if stubborn else "attention"
         exactness = Exactness("ties", f"{what}: no way that was tried gives a token the same bits in every pass")
     else:
-        _replace(products, found, packs)
+        _replace(linears, found, packs)
         target.compute_by(way)
         how = _in_words(packs, [rows for rows in found if rows is not None], way)
         name = f"model {target.fingerprint} {target.dtype} {implementation} packed {packs}"
@@ -94,14 +89,10 @@ def _need_the_interface(target: Settled) -> None:
 
 
 def _products(target: Settled, packs: bool) -> list[list[Entry]]:
-    """The linears whose results reach the text, the layers' and the head; those that are joined together."""
-    found: dict[object, list[Entry]] = {}
-    for entry in [*plain_linears(target.layers), *(e for e in plain_linears(target.model) if e[2] is target.head)]:
-        parent, name, linear = entry
-        group = next((names for names in JOINED if packs and name in names), None)
-        key = name if group is None else (group, linear.in_features, linear.bias is None, linear.weight.dtype)
-        found.setdefault((id(parent), key), []).append(entry)
-    return list(found.values())
+    """The linears whose results reach the text, the layers' and the head; those that are packed together together."""
+    head = [entry for entry in plain_linears(target.model) if entry[2] is target.head]
+    entries = [*plain_linears(target.layers), *head]
+    return products(entries) if packs else [[entry] for entry in entries]
 
 
 def _doubt(target: Settled, verdicts: Verdicts) -> str | None:
@@ -119,12 +110,10 @@ def _doubt(target: Settled, verdicts: Verdicts) -> str | None:
     return None
 
 
-def _replace(products: list[list[Entry]], rows: Sequence[Rows | None], packs: bool) -> None:
-    for product, own in zip(products, rows, strict=True):
+def _replace(found: list[list[Entry]], rows: Sequence[Rows | None], packs: bool) -> None:
+    for product, own in zip(found, rows, strict=True):
         if packs:
-            packed = PackedProduct([linear for _, _, linear in product], own)
-            for part, (parent, name, linear) in enumerate(product):
-                setattr(parent, name, PackedLinear(linear, packed, part))
+            pack_together(product, own)
         elif own is not None:
             for parent, name, linear in product:
                 setattr(parent, name, SteadyLinear(linear, own))

@@ -7,6 +7,7 @@ al. 2025, arXiv 2506.22694: counted on what the target writes).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kangaroo.errors import AdapterError, ConfigError
+from kangaroo.linears import pack, packed_product
 from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 
@@ -36,7 +38,8 @@ class DraftVocabulary(nn.Module):
                 f"{target.vocab_size}, got {size}"
             )
         self._target = [target]  # in a list: the target's weights are not this module's
-        self._rows: tuple[Tensor, Tensor | None] | None = None
+        self._rows: Callable[[Tensor], Tensor] | None = None
+        self._packs = False
         self.register_buffer("tokens", torch.arange(size, device=target.device))
 
     def choose(self, counts: Tensor) -> None:
@@ -63,15 +66,22 @@ class DraftVocabulary(nn.Module):
         target = self._target[0]
         if self._rows is None:
             self._rows = self._slice(target.head)
-        weight, bias = self._rows
-        return target.scale_logits(functional.linear(y.to(weight.device), weight, bias)).to(target.device)
+        return target.scale_logits(self._rows(y)).to(target.device)
 
-    def _slice(self, head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def pack(self) -> None:
+        """Keep the rows as packed linears keep theirs: no gradient passes."""
+        self._packs, self._rows = True, None
+
+    def _slice(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         weight, bias = head.weight, getattr(head, "bias", None)
         if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"):
             raise ConfigError("a draft vocabulary needs a target whose head is neither quantised nor offloaded")
         tokens = self.tokens.to(weight.device)
-        return weight.detach()[tokens].contiguous(), None if bias is None else bias.detach()[tokens]
+        rows, bias = weight.detach()[tokens].contiguous(), None if bias is None else bias.detach()[tokens]
+        if self._packs:
+            packed = pack(rows)
+            return lambda y: packed_product(y, packed, bias)
+        return lambda y: functional.linear(y.to(rows.device), rows, bias)
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits [..., n] over the target's vocabulary [..., V]: -inf where nothing is drafted."""

@@ -17,7 +17,9 @@ from torch.nn import functional
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.errors import ConfigError
+from kangaroo.linears import can_pack, pack_together, plain_linears, products
 from kangaroo.model import Target, check_exit_layer
+from kangaroo.norms import fused_norms
 from kangaroo.tree import Placement
 from kangaroo.weights import LATER, TrainedWeights
 
@@ -119,6 +121,18 @@ class Adapter(TrainedWeights):
         """Raise AdapterError if what was loaded from `name` does not fit the target."""
         if self.vocabulary is not None:
             self.vocabulary.check(name)
+
+    def prepare(self) -> None:
+        """Be quick at drafting and of no use to training: norms fused, weights packed where the machine reads such."""
+        for module in (self, *self.layers):
+            for name, norm in fused_norms(module).items():
+                setattr(module, name, norm)
+        if not can_pack(self.target.dtype, self.target.device):
+            return
+        for product in products(plain_linears(self)):
+            pack_together(product)
+        if self.vocabulary is not None:
+            self.vocabulary.pack()
 
     @property
     def cache_layers(self) -> tuple[LayerShape, ...]:

@@ -63,11 +63,11 @@ def measure_costs(target: Target, model: SelfDraft | None, *, nodes: int = 8, re
     exit_layer = model.exit_layer if model else 0
 
     def deep(count: int, first: int) -> Callable[[], object]:
-        where = place_chain(lengths, count, context - 1 + count)
+        where = place_chain(lengths, count, context - 1 + count, context - 1)
         x = target.embed(tokens[:, :count])
         return lambda: target.logits(target.norm(target.run(x, where, cache, start=first)[0]))
 
-    one = place_chain(lengths, 1, context)
+    one = place_chain(lengths, 1, context, context - 1)
     x = target.embed(tokens[:, :1])
     pieces: dict[str, Callable[[], object]] = {"full": deep(1, 0)}
     if model is not None:

@@ -96,7 +96,9 @@ def load_adapter(target: Target, settings: Settings) -> Adapter:
     """The adapter that the settings name. Raises ConfigError or AdapterError."""
     advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
     relative = bool(settings.get("allow_other_target", False))
-    return Adapter.load(need_path(settings, "adapter", advice), target, allow_other_target=relative)
+    adapter = Adapter.load(need_path(settings, "adapter", advice), target, allow_other_target=relative)
+    adapter.prepare()
+    return adapter
 
 
 def choose_exit_layer(target: Target, settings: Settings) -> int:
