@@ -361,11 +361,17 @@ def test_a_verdict_is_kept_and_another_version_s_is_not_believed(
     file.write_text("{")
     assert Target(build("llama")).exactness == first
     assert len(counted) == 3
+    file.write_text(file.read_text().replace('"bitwise"', '"ties"'))
+    assert Target(build("llama")).exactness == first, "what was changed since is not believed either"
+    assert len(counted) == 4
     monkeypatch.setattr("kangaroo.verdicts.VERSION", 0)
     Target(build("llama"))
-    assert len(counted) == 4
+    assert len(counted) == 5
     Target(build("llama", seed=1))
-    assert len(counted) == 5, "another model is another trial"
+    assert len(counted) == 6, "another model is another trial"
+    monkeypatch.setattr("kangaroo.verdicts.machine", lambda: {"cpu": "another", "cpu_capability": "NONE"})
+    Target(build("llama", seed=1))
+    assert len(counted) == 7, "another machine too"
 
 
 def test_a_verdict_that_cannot_be_kept_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +397,23 @@ def test_a_trial_that_fails_half_way_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kangaroo.trial, "_compared", broken)
     with pytest.raises(ModelError, match=r"^the trial of exactness failed \(could not create a primitive\); load with"):
         Target(build("llama"))
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
+def test_a_trial_that_is_cut_short_leaves_no_verdict(
+    end: type[BaseException], tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(run: Target) -> Iterator[bool]:
+        yield True
+        raise end
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kangaroo.trial, "_compared", cut_short)
+        with pytest.raises((KeyboardInterrupt, ModelError)):
+            Target(build("llama"))
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    assert Target(build("llama")).exactness.level == "bitwise"
+    assert len(counted) == 1
 
 
 def test_other_threads_than_those_of_the_trial_are_no_promise() -> None:

@@ -131,7 +131,7 @@ def _more(target: Settled) -> dict[str, Any]:
 
 
 def _in_words(packs: bool, rows: list[Rows], way: Attention) -> str:
-    least = max(one.least for one in rows)
+    least = max((one.least for one in rows), default=1)  # none where they have been replaced before
     return ", ".join(
         [
             "packed linears" if packs else "plain linears",

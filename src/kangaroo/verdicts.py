@@ -26,8 +26,7 @@ class Verdicts:
             "device": "cpu" if device.type == "cpu" else device_name(),
             "libraries": versions(),
         }
-        name = hashlib.sha256(json.dumps(self._of, sort_keys=True).encode()).hexdigest()[:16]
-        self._path = cache_folder() / "trials" / f"{name}.json"
+        self._path = cache_folder() / "trials" / f"{_digest(self._of)[:16]}.json"
         self._known = self._read()
         self._new: dict[str, Any] = {}
 
@@ -44,7 +43,8 @@ class Verdicts:
         if not self._new:
             return None
         try:
-            write_json(self._path, {"of": self._of, "found": self._read() | self._new})
+            found = self._read() | self._new
+            write_json(self._path, {"of": self._of, "found": found, "sha256": _digest(found)})
         except (CapacityError, ConfigError) as error:  # a load must not fail because a home is read-only
             return f"the trial is repeated at every load: {error}"
         return None
@@ -54,5 +54,10 @@ class Verdicts:
             table = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # nothing kept yet, or nothing that can be read: tried again, and replaced
             return {}
-        kept = table.get("found") if isinstance(table, dict) and table.get("of") == self._of else None
-        return kept if isinstance(kept, dict) else {}
+        own = isinstance(table, dict) and table.get("of") == self._of
+        kept = table.get("found") if own else None
+        return kept if isinstance(kept, dict) and table.get("sha256") == _digest(kept) else {}
+
+
+def _digest(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 
+from kangaroo.cli.terminal import notes
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import DRAFTERS, find_drafter
 from kangaroo.errors import ConfigError
@@ -52,18 +53,19 @@ class ModelOptions:
             raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         settings = self.parsed_settings
         find_drafter(drafter)  # a wrong name should not wait for the model to load
-        plain = load(
-            self.model,
-            drafter="none",
-            device=self.device,
-            dtype=self.dtype,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            allow_other_target=self.allow_other_target,
-            exact=self.exact,
-            threads="auto" if self.threads is None else None,
-            **self.files,
-        )
+        with notes.status("loading the model; the first time, trying how to compute it exactly"):
+            plain = load(
+                self.model,
+                drafter="none",
+                device=self.device,
+                dtype=self.dtype,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                allow_other_target=self.allow_other_target,
+                exact=self.exact,
+                threads="auto" if self.threads is None else None,
+                **self.files,
+            )
         return plain if drafter == "none" and not settings else plain.with_drafter(drafter, **settings)
 
     def open_all(self) -> tuple[dict[str, Decoder], dict[str, str]]:
