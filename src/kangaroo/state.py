@@ -106,7 +106,11 @@ class State:
         self.prompt_lengths = torch.ones_like(self.lengths)
         self.room = torch.zeros_like(self.lengths)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.rounds, self.drafting = 0, True
+        self.rounds = 0
+        self.drafting = True
+        """Whether anything is to be drafted in the coming round."""
+        self.price: float | None = None
+        """What a drafted token costs with these rows, in plain rounds, if that has been measured."""
         self.rows = [self._seat(row, request) for row, request in enumerate(requests)]
         self._constrain()
 
