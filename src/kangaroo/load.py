@@ -5,12 +5,11 @@ begins differs from machine to machine and from text to text, so it is measured 
 drafts and of rounds without, those are run that emit more tokens per second, and now and then the others are tried.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
-FIRST, TRIAL = 8, 4
-"""Rounds with drafts before the first without; rounds of a trial."""
-AGAIN = {True: 512, False: 64}
+FIRST, TRIAL = 6, 4
+"""Rounds before the first trial, and of a trial."""
+AGAIN = {True: 512, False: 256}
 """Rounds until the other way is tried again, where drafts pay (plain rounds cost the same for ever) and where not."""
 FORGET = 0.95
 """Share of what is known that a round leaves."""
@@ -53,20 +52,26 @@ class Load:
     """Decides round by round whether to draft."""
 
     def __init__(self) -> None:
-        self._sizes: dict[int, _Size] = defaultdict(_Size)
+        self._sizes: dict[int, _Size] = {}
+
+    def _of(self, rows: int) -> _Size:
+        if rows not in self._sizes:
+            # Where drafts do not pay with fewer rows, they will hardly do so with more.
+            self._sizes[rows] = _Size(pays=all(size.pays for fewer, size in self._sizes.items() if fewer < rows))
+        return self._sizes[rows]
 
     def drafts(self, rows: int) -> bool:
         """Whether the next round, of so many rows, is to draft."""
-        size = self._sizes[rows]
+        size = self._of(rows)
         return size.pays != (size.trial > 0)
 
     def pays(self, rows: int) -> bool:
         """Whether drafts pay, trials aside."""
-        return self._sizes[rows].pays
+        return self._of(rows).pays
 
     def price(self, rows: int) -> float | None:
         """Cost of drafting a token and verifying it, in plain rounds; None while that is not known."""
-        drafted, plain = self._sizes[rows].ways[True], self._sizes[rows].ways[False]
+        drafted, plain = self._of(rows).ways[True], self._of(rows).ways[False]
         if not (drafted.steps and plain.weight):
             return None
         each = plain.seconds / plain.weight
@@ -74,7 +79,7 @@ class Load:
 
     def learn(self, rows: int, drafting: bool, tokens: int, steps: int, seconds: float) -> None:
         """A round is over: how many tokens its rows emitted, how many the longest draft had, how long it took."""
-        size = self._sizes[rows]
+        size = self._of(rows)
         size.ways[drafting].learn(tokens, steps, seconds)
         if size.trial:
             size.trial -= 1

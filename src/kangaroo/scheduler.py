@@ -124,6 +124,8 @@ class Scheduler:
         """The tasks of the state's rows, in order."""
         self._live: tuple[Drafter, State] | None = None
         """None while there are no rows."""
+        self._reading: list[Task] = []
+        """Those whose prompts are being run."""
         self._load = Load() if weigh else None
         self._pieces, self._prefixes = 0, PrefixStore(limits.prefix_tokens)
         self.drafting = True
@@ -170,10 +172,11 @@ class Scheduler:
         """After an error: give up the tasks that it concerns, and return them."""
         blamed = None if self._live is None else self._live[1].constraints.blamed
         concerned = [task for task in self._seated if not task.ended]
-        if blamed is not None:
-            concerned = [self._seated[blamed]]
+        if self._reading or blamed is not None:
+            concerned = self._reading if blamed is None else [self._seated[blamed]]
         else:  # what the error has left of the rows is not known
             self._seated, self._live = [], None
+        self._reading = []
         for task in concerned:
             self.cancel(task)
         return concerned
@@ -253,10 +256,13 @@ class Scheduler:
         assert self._live is not None, "rows are kept"
         drafter, state = self._live
         joining = [self._waiting[number] for number in range(count)]
-        longest = max((task.size for task in self._waiting), default=0)  # so that storage grows seldom
+        order, most = arrangement(kept, count), self.limits.capacity or 0
+        longest = max((task.size for task in self._waiting), default=0)
+        if longest > state.capacity:  # by so much that storage grows seldom
+            longest = max(longest, min(most, 2 * state.capacity))
+        reserve = min(self.limits.rows, 2 * len(order))
         try:
-            order = arrangement(kept, count)
-            state.arrange(order, [task.request for task in joining], longest)
+            state.arrange(order, [task.request for task in joining], longest, reserve)
         except CapacityError:  # they wait until the rows are fewer, or none
             joining, order = [], arrangement(kept, 0)
             state.arrange(order, [])
@@ -296,12 +302,13 @@ class Scheduler:
         rows, begin, width = self._choose(unread, most)
         whole = len(rows) == state.batch
         chosen = None if whole else torch.tensor(rows, device=self.target.device)
+        self._pieces, self._reading = self._pieces + 1, [self._seated[row] for row in rows]
         committed = prefill_chunk(self.target, drafter, state, chosen, begin, width)
-        self._pieces += 1
         for place, row in enumerate(rows):
             self._prefixes.remember(state, row, begin, committed, place)
             self._seated[row].served = self._pieces
             self._advance(row, begin + width)
+        self._reading = []
         return rows
 
     def _choose(self, unread: Sequence[int], most: int) -> tuple[list[int], int, int]:

@@ -175,18 +175,29 @@ class Worker:
         self.thread.join()
 
     def _run(self) -> None:
-        while self._wait():
-            try:
-                step = self.scheduler.step()
-            except Exception as error:  # whatever it is belongs to those whose requests it ends
-                for task in self.scheduler.fail():
-                    self._end(task, error)
-                continue
-            self._totals.add(step)
-            for task, pieces in step.pieces:
-                self._jobs[id(task)].write(pieces)
-                if task.ended:
-                    self._end(task)
+        try:
+            while self._wait():
+                self._step()
+        finally:
+            self._break_off()
+
+    def _step(self) -> None:
+        try:
+            step = self.scheduler.step()
+        except Exception as error:  # whatever it is belongs to those whose requests it ends
+            for task in self.scheduler.fail():
+                self._end(task, error)
+            return
+        self._totals.add(step)
+        for task, pieces in step.pieces:
+            self._jobs[id(task)].write(pieces)
+            if task.ended:
+                self._end(task)
+
+    def _break_off(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         for job in [*self._new, *self._jobs.values()]:
             job.close(EngineClosed("the engine was closed before the answer was finished"))
 
