@@ -106,6 +106,23 @@ def test_so_it_is_in_other_families(family: str) -> None:
         check(model, one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mixtral", "phi", "gpt_oss"])
+def test_in_long_runs_as_well(family: str, name: str) -> None:
+    model, random_ = target(family), random.Random(family + name)
+    for rows, prefix_tokens in ((6, 0), (3, 256)):
+        scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), Limits(rows, None, prefix_tokens))
+        scheduler._load = Moody(random_)
+        tasks = random_tasks(random_, 30)
+        for one in tasks[::3]:
+            one.request.prompt[:0] = SYSTEM[: 128 - 20 - len(one.request.prompt)]  # type: ignore[index]
+        play(scheduler, tasks, random_, tasks[::7])
+        for one in tasks:
+            if one.answer.ended:
+                check(model, one)
+
+
 SYSTEM = [(7 * i * i + 3) % VOCAB for i in range(70)]
 
 
