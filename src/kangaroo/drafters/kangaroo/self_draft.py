@@ -12,8 +12,11 @@ from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
 from kangaroo.linears import count_weights
 from kangaroo.model import Target, check_exit_layer
-from kangaroo.state import Committed, State
+from kangaroo.state import Committed, State, arranged
 from kangaroo.tree import Draft, Placement, place_at
+
+MOST_UNSEEN = 32
+"""Tokens that wait for the adapter at most, while nothing is drafted."""
 
 
 class SelfDraft:
@@ -76,6 +79,10 @@ class SelfDraft:
             # A round that drafted nothing has left what waited before it waiting still.
             old = self._unseen
             self._unseen = new if old is None else (torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1))
+            if self._unseen[0].shape[1] >= MOST_UNSEEN:
+                states, positions = self._unseen
+                self.adapter(states, place_at(positions, state.longest + 1), state.cache)
+                self._unseen = None
 
     def _forget(self, rows: Tensor | None, state: State) -> None:
         """What waits for the adapter belongs to requests that have left these rows (None: all)."""
@@ -86,6 +93,12 @@ class SelfDraft:
         positions = positions.clone()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
         self._unseen = states, positions
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What waits for the adapter stays with its row; for a new row that is its first token, which will come."""
+        if self._unseen is not None:
+            states, positions = self._unseen
+            self._unseen = arranged(states, rows), arranged(positions, rows)
 
 
 ADAPTER_SETTINGS = ("adapter", "allow_other_target")
@@ -129,7 +142,7 @@ class SelfChain:
         replaced: Callable[[Tensor, int], Tensor] = lambda tokens, k: tokens,
     ) -> Chain:
         """Draft. `replaced` says which tokens [B, 1] stand at the k-th node in place of those drafted there."""
-        nodes = min(self.nodes, state.spare)  # a draft may be allowed to be longer than a row has room for
+        nodes = min(self.nodes, max(state.draft_rooms) + 1)
         where = self.model.target.prepare(state.place(nodes))
         self._where, self._hidden = where, []
 

@@ -1,0 +1,168 @@
+"""An engine: a scheduler in a thread of its own, for requests that come as they please."""
+
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from kangaroo.arguments import Arguments, encode_all
+from kangaroo.checks import need_whole
+from kangaroo.completion import Completion, Piece, Transcript
+from kangaroo.constraints import Processor
+from kangaroo.decode import check_request
+from kangaroo.drafters.base import Drafter
+from kangaroo.errors import CapacityError, ConfigError
+from kangaroo.logprobs import Logprobs
+from kangaroo.machine import available_bytes
+from kangaroo.model import Target
+from kangaroo.sampling import Sampling
+from kangaroo.scheduler import Limits, Scheduler
+from kangaroo.text import Prompt, Tokenizer
+from kangaroo.tickets import Job, Ticket
+from kangaroo.worker import EngineStatus, Worker
+
+
+class Answering(Protocol):
+    """What an engine needs of a Decoder, under the same names."""
+
+    target: Target
+    make_drafter: Callable[[], Drafter]
+    tokenizer: Tokenizer
+    eos: tuple[int, ...]
+
+
+class Engine:
+    """Answers requests as they come, many at once, each with the text it would get alone.
+
+    It has a thread of its own, and is used from any number of others. Leaving its `with` block closes it.
+    """
+
+    def __init__(
+        self,
+        decoder: Answering,
+        *,
+        rows: int = 16,
+        queue: int = 256,
+        capacity: int | None = None,
+        prefix_tokens: int = 4096,
+    ):
+        """`rows` requests run at once, and `queue` more may wait. `capacity` is how many tokens each may have, prompt
+        included: by default the context, or what half of the memory that is left holds. Of prompts that have been run,
+        `prefix_tokens` tokens are kept for later ones that begin alike.
+
+        Raises ConfigError, or CapacityError if the rows would not fit in memory.
+        """
+        for name, value, least in (("rows", rows, 1), ("queue", queue, 0), ("prefix_tokens", prefix_tokens, 0)):
+            if need_whole(name, value) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        self._decoder, self._encoding = decoder, threading.Lock()
+        target = decoder.target
+        scheduler = Scheduler(
+            target,
+            decoder.make_drafter,
+            decoder.eos,
+            Limits(rows, _capacity(target, decoder.make_drafter(), rows, capacity), prefix_tokens),
+            weigh=True,
+        )
+        self._worker = Worker(scheduler, queue)
+        weakref.finalize(self, self._worker.close, 0.0)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int = 256,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: Logprobs | int | None = None,
+        processor: Processor | None = None,
+        speculate: bool = True,
+    ) -> Ticket:
+        """Have a prompt answered; without `speculate` nothing is drafted for it, which changes nothing in the text.
+
+        Raises ConfigError or DataError for the arguments, CapacityError for a request longer than a row, QueueFull if
+        too many wait already, EngineClosed.
+        """
+        arguments = Arguments(
+            sampling=sampling,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            processor=processor,
+            speculate=speculate,
+        )
+        (ticket,) = self._submit([prompt], arguments, patient=False)
+        return ticket
+
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Piece]:
+        """The pieces of one answer, as `submit` takes it. Leaving the iteration early cancels the request."""
+        ticket = self.submit(prompt, **options)
+        try:
+            async for piece in ticket:
+                yield piece
+        finally:
+            ticket.cancel()
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
+        """Answer a list of prompts as Decoder.generate does, beside whatever else is running. Waits for the queue."""
+        tickets = self._submit(prompts, Arguments(**options), patient=True)
+        for ticket in tickets:
+            for _ in ticket:
+                pass
+        return [ticket.completion for ticket in tickets if ticket.completion is not None]
+
+    def _submit(self, prompts: Sequence[Prompt], arguments: Arguments, *, patient: bool) -> list[Ticket]:
+        decoder = self._decoder
+        with self._encoding:
+            tokens = encode_all(prompts, decoder.tokenizer)
+        requests = [check_request(request, decoder.target, decoder.eos) for request in arguments.requests(tokens)]
+        texts, tickets = arguments.texts(decoder.tokenizer, len(requests)), list[Ticket]()
+        for request, text in zip(requests, texts, strict=True):
+            job = Job(request, Transcript(request, request.ends(decoder.eos), text, 0), self._worker.cancel)
+            self._worker.scheduler.check(job.task)
+            self._worker.submit(job, patient=patient)
+            tickets.append(Ticket(job))
+        return tickets
+
+    def status(self) -> EngineStatus:
+        """What it is doing, and has done so far."""
+        return self._worker.status()
+
+    def close(self, drain: float | None = None) -> None:
+        """Take no more requests, finish those there are within `drain` seconds, break off the rest.
+
+        None waits for all of them. A request broken off raises EngineClosed where it is read. Closing twice is fine.
+        """
+        self._worker.close(drain)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(None if error is None else 0.0)
+
+
+def _capacity(target: Target, drafter: Drafter, rows: int, asked: int | None) -> int:
+    """Tokens a row may have: as asked for, or as many as the context and half of the memory hold."""
+    if asked is not None and not 2 <= need_whole("capacity", asked) <= target.context:
+        raise ConfigError(f"capacity must be in 2..{target.context}, which is the context, got {asked}")
+    shapes = [*target.shapes, *drafter.cache_layers]
+    fits = min(
+        available_bytes(device) // (rows * sum(s.bytes_per_slot for s in shapes if s.device == device))
+        for device in {shape.device for shape in shapes}
+    )
+    if (asked or 2) > fits:
+        raise CapacityError(
+            f"{rows} rows of {asked or 2} tokens do not fit in memory, of {fits} they would; use fewer rows or a "
+            "smaller capacity"
+        )
+    return asked or min(target.context, max(2, fits // 2))
