@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 from kangaroo.engine import Engine
 from kangaroo.serve.app import Access, make_app
 from kangaroo.serve.run import Server, address_of, open_socket
 from kangaroo.serve.service import Service
+
+CLIENT = httpx.Client()
 
 
 @dataclass
@@ -43,7 +47,7 @@ def serving(
     """Serve what `load` makes while entered; with `wait`, from when it is loaded."""
     service = Service(load, "tiny")
     listening = open_socket("127.0.0.1", 0)
-    server = Server(make_app(service, access, drain=drain), service, drain)
+    server = Server(make_app(service, access, drain=drain), service, drain, last_words=1)
     loops: list[asyncio.AbstractEventLoop] = []
     loaded = threading.Event()
 

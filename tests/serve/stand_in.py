@@ -50,9 +50,7 @@ class ScriptedTicket:
         if last:
             count = len(self._texts)
             tokens = list(range(1, count + 1))
-            self.completion = Completion(
-                "".join(self._texts), tokens, [False] * count, "length", None, 1, self.stats
-            )
+            self.completion = Completion("".join(self._texts), tokens, [False] * count, "length", None, 1, self.stats)
         return piece
 
 
@@ -64,7 +62,7 @@ class ScriptedEngine:
         self.tickets: list[ScriptedTicket] = []
         self.capacity = 100
         self.decoder = SimpleNamespace(
-            tokenizer=SimpleNamespace(encode=lambda prompt: [1]),
+            tokenizer=SimpleNamespace(backend=None),
             target=SimpleNamespace(fingerprint="a-b-c"),
             drafter="scripted",
         )
@@ -76,6 +74,9 @@ class ScriptedEngine:
         script = self.script() if callable(self.script) else self.script
         self.tickets.append(ScriptedTicket(script))
         return self.tickets[-1]
+
+    def encode(self, prompt: Any) -> list[int]:
+        return [1]
 
     def status(self) -> None:
         return None

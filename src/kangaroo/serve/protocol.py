@@ -153,6 +153,8 @@ class TextRequest(Asked):
     def prompts(self) -> list[Prompt]:
         """One text or list of ids, or several."""
         given: Any = self.prompt
+        if given == []:
+            raise Refusal(400, "prompt must hold at least one text or token id, got none", "prompt")
         single = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
         return [given] if single else list(given)
 

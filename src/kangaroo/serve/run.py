@@ -26,6 +26,8 @@ LAST_WORDS = 5
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises ConfigError for an address that cannot be had."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port must be in 0..65535, got {port}")
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = places[0]
@@ -39,10 +41,9 @@ def open_socket(host: str, port: int) -> socket.socket:
             found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED * 1000))
         found.bind(address)
         found.listen(256)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         found.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
     return found
 
 
@@ -70,14 +71,16 @@ def check_key(key: str, where: str) -> str:
 class Server(uvicorn.Server):
     """A server that finishes what it has begun when it is told to stop; told again, it stops at once."""
 
-    def __init__(self, app: FastAPI, service: Service, drain: float, *, access_log: bool = False):
+    def __init__(
+        self, app: FastAPI, service: Service, drain: float, *, access_log: bool = False, last_words: int = LAST_WORDS
+    ):
         super().__init__(
             uvicorn.Config(
                 app,
                 log_level="info" if access_log else "warning",
                 access_log=access_log,
                 limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=LAST_WORDS,
+                timeout_graceful_shutdown=last_words,
                 server_header=False,
                 ws="none",
             )

@@ -109,8 +109,8 @@ def _forget(work: "asyncio.Future[Answers]") -> None:
 
 def _submit(engine: Engine, call: Call) -> Answers:
     """In a thread: prompts to tokens, requests to the engine; all of them or none."""
-    decoder, tickets = engine.decoder, list[Ticket]()
-    prompts = [decoder.tokenizer.encode(prompt) for prompt in call.prompts]
+    tickets = list[Ticket]()
+    prompts = [engine.encode(prompt) for prompt in call.prompts]
     for prompt in prompts:
         if len(prompt) >= engine.capacity:
             raise Refusal(
