@@ -3,10 +3,12 @@
 import asyncio
 import json
 import math
+import runpy
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -280,6 +282,16 @@ def test_metrics_add_up(live: Live) -> None:
     assert 0 < grown["kangaroo_time_to_first_token_seconds_sum"] <= grown["kangaroo_e2e_request_latency_seconds_sum"]
     assert after["kangaroo_num_requests_running"] == after["kangaroo_num_requests_waiting"] == 0
     assert all(math.isfinite(value) for value in after.values())
+
+
+def test_the_example_runs(live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "openai_client.py"
+    monkeypatch.setattr(sys, "argv", ["openai_client.py", live.url + "/v1"])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "'histogram'" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["openai_client.py", "http://127.0.0.1:9/v1"])
+    with pytest.raises(SystemExit, match="kangaroo serve"):
+        runpy.run_path(str(example), run_name="__main__")
 
 
 def test_a_streams_events_are_well_formed(live: Live) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,7 +262,7 @@ class _Running:
         choices = [self._reply.choice(index, each) for index, each in enumerate(pieces)]
         return self._reply.wrap(choices, usage=self._usage(), speculation=self._speculation())
 
-    async def events(self, keep_alive: float) -> AsyncIterator[str]:
+    async def events(self, keep_alive: float) -> AsyncGenerator[str, None]:
         """The response as server-sent events. What goes wrong now, after the status, is said in an event."""
         try:
             async with aclosing(self._chunks(keep_alive)) as chunks:
@@ -280,7 +280,7 @@ class _Running:
             raise
         yield DONE
 
-    async def _chunks(self, keep_alive: float) -> AsyncIterator[dict[str, Any] | None]:
+    async def _chunks(self, keep_alive: float) -> AsyncGenerator[dict[str, Any] | None, None]:
         """Chunks of the response; None for a sign of life."""
         reply, left = self._reply, len(self._answers.tickets)
         more: dict[str, Any] = {"usage": None} if reply.asked.include_usage else {}

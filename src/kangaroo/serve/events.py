@@ -1,7 +1,7 @@
 """Answers under way: pieces of several tickets as they come, server-sent events, and clients that leave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ class ClientGone(Exception):
     """The client has closed its connection."""
 
 
-async def merged(tickets: Sequence[Ticket], patience: float) -> AsyncIterator[tuple[int, Piece] | None]:
+async def merged(tickets: Sequence[Ticket], patience: float) -> AsyncGenerator[tuple[int, Piece] | None, None]:
     """(place of the ticket, its next piece) as they come; None whenever nothing has come for `patience` seconds.
 
     Raises what a ticket raises. However it ends, the tickets that are not finished are cancelled.
@@ -84,7 +84,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], headers: dict[str, str] | None = None):
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str] | None = None):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._events = events
@@ -95,7 +95,7 @@ class EventStream(Response):
             await unless_gone(receive, self._write(send))
 
     async def _write(self, send: Send) -> None:
-        async with aclosing(self._events):  # type: ignore[type-var]
+        async with aclosing(self._events):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self._events:
                 async with asyncio.timeout(STALLED):

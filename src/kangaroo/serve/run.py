@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from kangaroo.engine import Engine
 from kangaroo.errors import ConfigError
 from kangaroo.inputs import read_text
 from kangaroo.serve.events import STALLED
@@ -103,7 +104,7 @@ class Server(uvicorn.Server):
             os._exit(128 + signal.SIGINT)
         loading.result()
 
-    def _loaded(self, done: "asyncio.Future[object]", ready: Callable[[], None]) -> None:
+    def _loaded(self, done: "asyncio.Future[Engine]", ready: Callable[[], None]) -> None:
         if done.cancelled() or done.exception() is not None:
             self.should_exit = True
         else:
