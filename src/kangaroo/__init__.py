@@ -25,13 +25,24 @@ if TYPE_CHECKING:
     from kangaroo.drafters.kangaroo.lookup import KangarooLookupConfig
     from kangaroo.drafters.kangaroo.tree import TreeConfig
     from kangaroo.drafters.medusa.drafter import MedusaChainConfig, MedusaTreeConfig
-    from kangaroo.errors import AdapterError, CapacityError, ConfigError, DataError, KangarooError, ModelError
+    from kangaroo.engine import Engine, EngineStatus
+    from kangaroo.errors import (
+        AdapterError,
+        CapacityError,
+        ConfigError,
+        DataError,
+        EngineClosed,
+        KangarooError,
+        ModelError,
+        QueueFull,
+    )
     from kangaroo.hf import custom_generate
     from kangaroo.logprobs import Logprobs, TokenLogprobs
     from kangaroo.model import Target
     from kangaroo.sampling import Sampling
     from kangaroo.state import Committed, Request, State
     from kangaroo.streaming import AnswerStream, BatchStream
+    from kangaroo.tickets import Ticket
     from kangaroo.tree import Draft, Placement, Stop
 
 __version__ = "0.1.0"
@@ -52,6 +63,9 @@ __all__ = [
     "Draft",
     "DraftModelConfig",
     "Drafter",
+    "Engine",
+    "EngineClosed",
+    "EngineStatus",
     "KVCache",
     "KangarooError",
     "KangarooLookupConfig",
@@ -65,6 +79,7 @@ __all__ = [
     "Piece",
     "Placement",
     "Processor",
+    "QueueFull",
     "Request",
     "RestConfig",
     "Round",
@@ -73,6 +88,7 @@ __all__ = [
     "Stats",
     "Stop",
     "Target",
+    "Ticket",
     "TokenLogprobs",
     "TreeConfig",
     "custom_generate",
@@ -98,13 +114,24 @@ _PLACES = {
     "drafters.kangaroo.lookup": ("KangarooLookupConfig",),
     "drafters.kangaroo.tree": ("TreeConfig",),
     "drafters.medusa.drafter": ("MedusaChainConfig", "MedusaTreeConfig"),
-    "errors": ("AdapterError", "CapacityError", "ConfigError", "DataError", "KangarooError", "ModelError"),
+    "engine": ("Engine", "EngineStatus"),
+    "errors": (
+        "AdapterError",
+        "CapacityError",
+        "ConfigError",
+        "DataError",
+        "EngineClosed",
+        "KangarooError",
+        "ModelError",
+        "QueueFull",
+    ),
     "hf": ("custom_generate",),
     "logprobs": ("Logprobs", "TokenLogprobs"),
     "model": ("Target",),
     "sampling": ("Sampling",),
     "state": ("Committed", "Request", "State"),
     "streaming": ("AnswerStream", "BatchStream"),
+    "tickets": ("Ticket",),
     "tree": ("Draft", "Placement", "Stop"),
 }
 _HOME = {name: f"kangaroo.{module}" for module, names in _PLACES.items() for name in names}
