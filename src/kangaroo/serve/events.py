@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kangaroo.completion import Piece
-from kangaroo.engine import Ticket
+from kangaroo.tickets import Ticket
 
 KEEP_ALIVE = 10.0
 """Seconds without a piece after which a stream carries a comment, so that nobody between takes it for dead."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kangaroo.completion import Piece, Stats
-from kangaroo.engine import Ticket
 from kangaroo.serve.protocol import Asked, ChatRequest
 from kangaroo.text import Tokenizer
+from kangaroo.tickets import Ticket
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has not."""

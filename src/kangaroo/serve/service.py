@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kangaroo.arguments import spread
-from kangaroo.engine import Engine, EngineStatus, Ticket
+from kangaroo.engine import Engine, EngineStatus
 from kangaroo.errors import EngineClosed, KangarooError, QueueFull
 from kangaroo.serve.events import cancel
 from kangaroo.serve.protocol import Call
 from kangaroo.serve.refusals import Refusal, refused
+from kangaroo.tickets import Ticket
 
 State = Literal["loading", "ready", "draining", "failed"]
 
