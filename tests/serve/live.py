@@ -28,9 +28,9 @@ class Live:
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
 
-    def stop(self) -> None:
+    def stop(self, drain: float) -> None:
         """As a first SIGTERM would; returns at once."""
-        self.loop.call_soon_threadsafe(self.server.stop)
+        self.loop.call_soon_threadsafe(self.server.stop, drain)
 
     def wait_until(self, holds: Callable[[], bool], seconds: float = 5.0) -> None:
         """Fail unless it holds before long."""

@@ -136,7 +136,7 @@ def test_a_stopping_server_finishes_what_it_has_begun() -> None:
         asking.start()
         live.wait_until(lambda: bool(live.engine.tickets))
         live.engine.close = lambda seconds: time.sleep(0.8)
-        live.stop()
+        live.stop(5)
         live.wait_until(lambda: CLIENT.get(live.url + "/health").json() == {"status": "draining"})
         late = CLIENT.post(live.url + CHAT, json=ASKED)
         assert late.status_code == 503

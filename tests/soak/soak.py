@@ -159,7 +159,7 @@ def report(tally: Tally, watch: Watch, before: tuple[int, int, int], seconds: fl
     settled = watch.samples[len(watch.samples) // 4]
     for name, first, last, most, unit in (
         ("resident", settled[0], watch.samples[-1][0], LEAST_GROWTH, 1 << 20),
-        ("threads", before[1], watch.samples[-1][1], 0, 1),
+        ("threads", settled[1], watch.samples[-1][1], 0, 1),
         ("open files", before[2], watch.samples[-1][2], 0, 1),
     ):
         print(f"{name}: {first // unit} -> {last // unit}" + (" MiB, from the first quarter on" if unit > 1 else ""))

@@ -86,9 +86,9 @@ class Server(uvicorn.Server):
                 ws="none",
             )
         )
-        self._service, self._drain = service, drain
+        self._service, self._drain, self._signals = service, drain, 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Task[None] | None = None
+        self._stopping = set[asyncio.Task[None]]()
 
     async def serve_until_stopped(self, listening: socket.socket, ready: Callable[[], None]) -> None:
         """Serve until a signal has come and requests are finished; call `ready` once the model is loaded.
@@ -111,21 +111,19 @@ class Server(uvicorn.Server):
             ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn calls it on SIGINT and SIGTERM."""
-        if self._stopping is not None or self._loop is None or self.should_exit:
-            super().handle_exit(sig, frame)
-        elif self._service.state == "ready":
-            self._loop.call_soon_threadsafe(self.stop)
+        """As uvicorn calls it on SIGINT and SIGTERM: the first finishes requests, the second breaks them off."""
+        self._signals += 1
+        if self._loop is not None and self._service.state in ("ready", "draining") and self._signals <= 2:
+            self._loop.call_soon_threadsafe(self.stop, self._drain if self._signals == 1 else 0.0)
         else:
-            self.should_exit = True
+            self.should_exit, self.force_exit = True, self._signals > 1
 
-    def stop(self) -> None:
-        """Drain, then end. For the event loop's thread."""
-        if self._stopping is None:
-            self._stopping = asyncio.create_task(self._drain_and_end())
+    def stop(self, drain: float = 0.0) -> None:
+        """Give requests so many seconds to finish, then end. For the event loop's thread."""
+        self._stopping.add(asyncio.create_task(self._drain_and_end(drain)))
 
-    async def _drain_and_end(self) -> None:
-        await self._service.drain(self._drain)
+    async def _drain_and_end(self, drain: float) -> None:
+        await self._service.drain(drain)
         self.should_exit = True
 
 
