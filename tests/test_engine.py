@@ -106,6 +106,81 @@ def test_so_it_is_in_other_families(family: str) -> None:
         check(model, one)
 
 
+SYSTEM = [(7 * i * i + 3) % VOCAB for i in range(70)]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_beginning_that_prompts_share_is_run_once(name: str) -> None:
+    model, random_ = target("llama"), random.Random(name)
+    prompts = [[*SYSTEM, *(random_.randrange(VOCAB) for _ in range(n))] for n in (0, 1, 20, 40, 3, 8)]
+    requests = [Request(prompt, random_.choice(SAMPLINGS), 9) for prompt in prompts]
+    drafted = []
+    for prefix_tokens in (64, 0):
+        scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), rows=3, prefix_tokens=prefix_tokens)
+        tasks = [task(request) for request in requests]
+        play(scheduler, tasks, random.Random(1))
+        for done in tasks:
+            check(model, done)
+        assert sum(done.cached for done in tasks) == prefix_tokens * (len(tasks) - 1)
+        drafted.append([done.transcript.stats.drafts for done in tasks])
+    # A drafter makes of a beginning that it is shown what it makes of one that is run.
+    assert drafted[0] == drafted[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3"])
+def test_what_is_recalled_has_the_bits_that_running_it_would_leave(family: str) -> None:
+    model = target(family)
+    prompt = [(5 * i * i + i) % VOCAB for i in range(97)]
+    found = []
+    for earlier in ([], [*prompt[:64], 1, 2], [*prompt[:80], 3]):
+        scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo"](model), (), rows=2, prefix_tokens=256)
+        if earlier:
+            play(scheduler, [task(Request(earlier, HOT, 4))], random.Random(0))
+        one = task(Request(prompt, GREEDY, 4))
+        scheduler.submit(one)
+        scheduler.step()
+        assert one.cached == (64 if earlier else 0)
+        assert scheduler._live is not None
+        found.append(scheduler._live[1].cache.save(0, 0, len(prompt) - 1))
+    for other in found[1:]:
+        for kept, wanted in zip(other, found[0], strict=True):
+            for got, side in zip(kept, wanted, strict=True):
+                if model.exactness.level == "bitwise":
+                    assert torch.equal(got[: model.num_layers], side[: model.num_layers])
+                torch.testing.assert_close(got, side)
+
+
+def test_the_beginnings_used_last_are_kept() -> None:
+    model = target("llama")
+    scheduler = Scheduler(model, lambda: DRAFTERS["none"](model), (), rows=1, prefix_tokens=130)
+    prompts = [[first, *SYSTEM[:65]] for first in (1, 2, 3)]
+    cached = []
+    for number in (0, 1, 0, 2, 0, 1, 2):
+        one = task(Request(prompts[number], GREEDY, 2))
+        play(scheduler, [one], random.Random(0))
+        cached.append(one.cached > 0)
+        assert scheduler._prefixes.tokens <= 128
+    assert cached == [False, False, True, False, True, False, False]
+
+
+def test_a_long_prompt_is_read_in_pieces_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kangaroo.scheduler.PREFILL_CHUNK", 16)
+    model = target("llama")
+    scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo"](model), (), rows=3)
+    first, long, short = (task(Request(prompt, GREEDY, 20)) for prompt in ([1, 2], list(range(90)), [3, 4]))
+    scheduler.submit(first)
+    scheduler.step()
+    scheduler.submit(long)
+    scheduler.submit(short)
+    for _ in range(2):
+        assert first in [one for one, _ in scheduler.step().pieces], "it keeps its pace"
+    assert not short.unread, "a short prompt does not wait for the end of a long one"
+    assert long.unread
+    play(scheduler, [], random.Random(0))
+    for one in (first, long, short):
+        check(model, one)
+
+
 @pytest.mark.parametrize(
     ("kept", "joining", "rows"),
     [

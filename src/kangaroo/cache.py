@@ -33,6 +33,8 @@ class LayerShape:
 
 Views = dict[int, tuple[Tensor, Tensor]]
 """Layer -> its keys and values."""
+Stored = list[tuple[Tensor, Tensor]]
+"""Keys and values [L, heads, N, dim] of some slots of a row, for each kind of layer."""
 
 
 class KVCache:
@@ -131,6 +133,19 @@ class KVCache:
             return keys, values
         rows = rows.to(keys.device)
         return keys[rows], values[rows]
+
+    def save(self, row: int, begin: int, end: int) -> Stored:
+        """A copy of slots [begin, end) of a row, in every layer."""
+        return [
+            (keys[:, row, :, begin:end].clone(), values[:, row, :, begin:end].clone())
+            for _, keys, values in self._stacks
+        ]
+
+    def restore(self, row: int, begin: int, stored: Stored) -> None:
+        """Write what was saved into a row, from slot `begin` on."""
+        for (_, *pair), saved in zip(self._stacks, stored, strict=True):
+            for store, part in zip(pair, saved, strict=True):
+                store[:, row, :, begin : begin + part.shape[2]] = part
 
     def keep(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` [B, M] onto `destination` [B, M] in every layer. Needed for trees only."""

@@ -138,14 +138,18 @@ def prefill(target: Target, drafter: Drafter, state: State, rows: Tensor | None 
 
 
 @torch.inference_mode()
-def prefill_chunk(target: Target, drafter: Drafter, state: State, rows: Tensor | None, begin: int, width: int) -> None:
+def prefill_chunk(
+    target: Target, drafter: Drafter, state: State, rows: Tensor | None, begin: int, width: int
+) -> Committed:
     """Run the tokens [begin, begin + width) of the prompts of `rows`, all but each prompt's last."""
     chosen = torch.arange(state.batch, device=target.device) if rows is None else rows
     positions = torch.arange(begin, begin + width, device=target.device).expand(len(chosen), width)
     where = place_at(positions, begin + width, rows, begin, prompt=True)
     x = target.embed(state.tokens[chosen, begin : begin + width])
     _, features = target.run(x, where, state.cache, taps=drafter.taps)
-    drafter.observe(state, state.commit_prompt(begin, width, where, features))
+    committed = state.commit_prompt(begin, width, where, features)
+    drafter.observe(state, committed)
+    return committed
 
 
 def decode(target: Target, drafter: Drafter, state: State) -> Iterator[Round]:

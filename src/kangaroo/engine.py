@@ -264,7 +264,9 @@ class Engine:
         self.decoder, self._encoding = decoder, threading.Lock()
         target = decoder.target
         capacity = _capacity(target, decoder.make_drafter(), rows, capacity)
-        scheduler = Scheduler(target, decoder.make_drafter, decoder.eos, rows=rows, capacity=capacity)
+        scheduler = Scheduler(
+            target, decoder.make_drafter, decoder.eos, rows=rows, capacity=capacity, prefix_tokens=prefix_tokens
+        )
         self.capacity = capacity
         self._worker = _Worker(scheduler, queue)
         weakref.finalize(self, self._worker.close, 0.0)

@@ -17,6 +17,8 @@ from kangaroo.drafters.base import Drafter
 from kangaroo.errors import CapacityError
 from kangaroo.machine import synchronise
 from kangaroo.model import Target
+from kangaroo.passes import PROMPT_ROWS as BLOCK
+from kangaroo.prefixes import PrefixStore
 from kangaroo.state import Request, State
 
 
@@ -78,8 +80,12 @@ class Scheduler:
         *,
         rows: int,
         capacity: int | None = None,
+        prefix_tokens: int = 0,
     ):
-        """`rows` is how many tasks run at once, `capacity` how many tokens each may have, prompt included."""
+        """`rows` is how many tasks run at once, `capacity` how many tokens each may have, prompt included.
+
+        Of prompts that have been run, `prefix_tokens` tokens are kept for later ones that begin alike.
+        """
         self.target, self.eos, self.rows, self.capacity = target, tuple(eos), rows, capacity
         self._make_drafter = make_drafter
         self._waiting: deque[Task] = deque()
@@ -87,7 +93,7 @@ class Scheduler:
         """The tasks of the state's rows, in order."""
         self._live: tuple[Drafter, State] | None = None
         """None while there are no rows."""
-        self._pieces = 0
+        self._pieces, self._prefixes = 0, PrefixStore(prefix_tokens)
         self.drafting = True
         """Whether drafts pay under the present load."""
 
@@ -220,27 +226,63 @@ class Scheduler:
 
     def _read_some(self, most: int) -> list[int]:
         """Run a piece of some prompts: as many as fit in one piece, or in `most`. Returns their rows."""
-        unread = [row for row, task in enumerate(self._seated) if task.unread]
-        if not unread:
+        if self._live is None:
             return []
-        assert self._live is not None, "rows are seated"
         drafter, state = self._live
-        # In turn, so that a short prompt need not wait for the end of a long one.
+        unread = [row for row, task in enumerate(self._seated) if task.unread]
+        for row in unread:
+            self._recall(row)
+        if not (unread := [row for row in unread if self._seated[row].unread]):
+            return []
+        rows, begin, width = self._choose(unread, most)
+        whole = len(rows) == state.batch
+        chosen = None if whole else torch.tensor(rows, device=self.target.device)
+        committed = prefill_chunk(self.target, drafter, state, chosen, begin, width)
+        self._pieces += 1
+        for place, row in enumerate(rows):
+            self._prefixes.remember(state, row, begin, committed, place)
+            self._seated[row].served = self._pieces
+            self._advance(row, begin + width)
+        return rows
+
+    def _choose(self, unread: Sequence[int], most: int) -> tuple[list[int], int, int]:
+        """(rows, begin, width) of the next piece: in turn, so that short prompts need not wait for long ones.
+
+        Rows that are as far may share it, but for those whose next tokens will have been run with it.
+        """
         first = min(unread, key=lambda row: self._seated[row].served)
         begin = self._seated[first].read
-        alike = [first, *(row for row in unread if row != first and self._seated[row].read == begin)]
-        left = [max(1, len(self._seated[row].request.prompt) - 1 - begin) for row in alike]
-        width = min(PREFILL_CHUNK, left[0] if most == 1 else max(left))
-        alike = sorted(alike[: max(most, PREFILL_CHUNK // width)])
-        self._pieces += 1
-        whole = len(alike) == state.batch
-        rows = None if whole else torch.tensor(alike, device=self.target.device)
-        prefill_chunk(self.target, drafter, state, rows, begin, width)
-        for row in alike:
-            self._seated[row].read, self._seated[row].served = begin + width, self._pieces
-            if not self._seated[row].unread:
-                state.begin(row)
-        return alike
+        alike = {self._beginning(row, begin): row for row in reversed(unread) if self._seated[row].read == begin}
+        alike[self._beginning(first, begin)] = first
+        left = {row: max(1, len(self._seated[row].request.prompt) - 1 - begin) for row in alike.values()}
+        width = left[first] if most == 1 else max(left.values())
+        if width < max(left.values()):  # those that go on do so where a block begins
+            width = -(-width // BLOCK) * BLOCK
+        assert self._live is not None, "rows are seated"
+        width = min(width, PREFILL_CHUNK, self._live[1].cache.slots - begin)
+        others = [row for row in sorted(left) if row != first]
+        return sorted([first, *others][: max(most, PREFILL_CHUNK // width)]), begin, width
+
+    def _beginning(self, row: int, begin: int) -> object:
+        """Equal for rows of which only one has to be run, as the others can recall it."""
+        prompt = self._seated[row].request.prompt
+        return tuple(prompt[: begin + BLOCK]) if self._prefixes.keeps and len(prompt) > begin + BLOCK else row
+
+    def _recall(self, row: int) -> None:
+        """Take what is known of a row's prompt from an earlier one."""
+        assert self._live is not None, "rows are seated"
+        task = self._seated[row]
+        known = self._prefixes.recall(*self._live, row, task.read)
+        task.cached += known - task.read
+        if known > task.read:
+            self._advance(row, known)
+
+    def _advance(self, row: int, read: int) -> None:
+        """So much of a row's prompt has been run."""
+        assert self._live is not None, "rows are seated"
+        self._seated[row].read = read
+        if not self._seated[row].unread:
+            self._live[1].begin(row)
 
 
 def arrangement(kept: set[int], joining: int) -> list[int]:
