@@ -26,7 +26,7 @@ ORDER = """
     accept decode
     stops text completion arguments load prefixes scheduler streaming tickets worker engine decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
-USES = ["training", "bench"]
+USES = ["training", "bench", "serve"]
 """Folders that may use everything in ORDER, and none of one another."""
 TOP = "cli"
 """May use everything, and alone prints."""

@@ -30,6 +30,8 @@ class Answering(Protocol):
     make_drafter: Callable[[], Drafter]
     tokenizer: Tokenizer
     eos: tuple[int, ...]
+    drafter: str
+    """What is drafted with, in words."""
 
 
 class Engine:
@@ -56,15 +58,11 @@ class Engine:
         for name, value, least in (("rows", rows, 1), ("queue", queue, 0), ("prefix_tokens", prefix_tokens, 0)):
             if need_whole(name, value) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
-        self._decoder, self._encoding = decoder, threading.Lock()
+        self.decoder, self._encoding = decoder, threading.Lock()
         target = decoder.target
-        scheduler = Scheduler(
-            target,
-            decoder.make_drafter,
-            decoder.eos,
-            Limits(rows, _capacity(target, decoder.make_drafter(), rows, capacity), prefix_tokens),
-            weigh=True,
-        )
+        self.capacity = _capacity(target, decoder.make_drafter(), rows, capacity)
+        limits = Limits(rows, self.capacity, prefix_tokens)
+        scheduler = Scheduler(target, decoder.make_drafter, decoder.eos, limits, weigh=True)
         self._worker = Worker(scheduler, queue)
         weakref.finalize(self, self._worker.close, 0.0)
 
@@ -101,6 +99,11 @@ class Engine:
         (ticket,) = self._submit([prompt], arguments, patient=False)
         return ticket
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, in any thread. Raises DataError for what is none."""
+        with self._encoding:  # tokenizers are not made for several threads
+            return self.decoder.tokenizer.encode(prompt)
+
     async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Piece]:
         """The pieces of one answer, as `submit` takes it. Leaving the iteration early cancels the request."""
         ticket = self.submit(prompt, **options)
@@ -119,7 +122,7 @@ class Engine:
         return [ticket.completion for ticket in tickets if ticket.completion is not None]
 
     def _submit(self, prompts: Sequence[Prompt], arguments: Arguments, *, patient: bool) -> list[Ticket]:
-        decoder = self._decoder
+        decoder = self.decoder
         with self._encoding:
             tokens = encode_all(prompts, decoder.tokenizer)
         requests = [check_request(request, decoder.target, decoder.eos) for request in arguments.requests(tokens)]
