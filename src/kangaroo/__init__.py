@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kangaroo.drafters.kangaroo.tree import TreeConfig
     from kangaroo.drafters.medusa.drafter import MedusaChainConfig, MedusaTreeConfig
     from kangaroo.errors import AdapterError, CapacityError, ConfigError, DataError, KangarooError, ModelError
+    from kangaroo.grammar import Grammar
     from kangaroo.hf import custom_generate
     from kangaroo.logprobs import Logprobs, TokenLogprobs
     from kangaroo.model import Target
@@ -52,6 +53,7 @@ __all__ = [
     "Draft",
     "DraftModelConfig",
     "Drafter",
+    "Grammar",
     "KVCache",
     "KangarooError",
     "KangarooLookupConfig",
@@ -99,6 +101,7 @@ _PLACES = {
     "drafters.kangaroo.tree": ("TreeConfig",),
     "drafters.medusa.drafter": ("MedusaChainConfig", "MedusaTreeConfig"),
     "errors": ("AdapterError", "CapacityError", "ConfigError", "DataError", "KangarooError", "ModelError"),
+    "grammar": ("Grammar",),
     "hf": ("custom_generate",),
     "logprobs": ("Logprobs", "TokenLogprobs"),
     "model": ("Target",),

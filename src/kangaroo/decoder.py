@@ -15,6 +15,7 @@ from kangaroo.decode import check_request
 from kangaroo.drafters import FILES, OF_ONE_TARGET, DrafterChoice, MakeDrafter, choose_drafter
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.grammar import Grammar
 from kangaroo.loading import end_tokens, load_model, load_tokenizer
 from kangaroo.logprobs import Logprobs
 from kangaroo.model import Target
@@ -76,6 +77,17 @@ class Decoder:
     def plain(self) -> "Decoder":
         """The same target without drafting: the baseline, on the same weights and kernels."""
         return self.with_drafter("none")
+
+    def grammar(
+        self,
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        lark: str | None = None,
+    ) -> Grammar:
+        """What answers are to follow, one of the four; give it as `processor`. Raises ConfigError or ModelError."""
+        return Grammar(self.tokenizer, self.eos, json_schema=json_schema, regex=regex, choice=choice, lark=lark)
 
     def generate(
         self,
