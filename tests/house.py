@@ -24,7 +24,7 @@ ORDER = """
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
     drafters
     accept decode
-    stops text grammar completion arguments streaming decoder hf
+    stops text grammar forced completion arguments streaming decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench"]
 """Folders that may use everything in ORDER, and none of one another."""

@@ -1,4 +1,4 @@
-"""Structured output: with every drafter the text of plain constrained decoding, and always what the grammar describes."""
+"""Structured output: with every drafter the text of plain constrained decoding, and what the grammar describes."""
 
 import json
 import re
@@ -16,6 +16,7 @@ from chat_model import SENTENCES
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError, ModelError
+from kangaroo.forced import forcing
 from kangaroo.grammar import (
     FAR,
     Grammar,
@@ -192,9 +193,9 @@ def test_an_output_is_followed_from_where_it_was(monkeypatch: pytest.MonkeyPatch
 
     honest = module._Followed.go_to
 
-    def counted(self: Any, output: tuple[int, ...], vocab_size: int) -> bool:
+    def counted(self: Any, output: tuple[int, ...], vocab_size: int) -> None:
         read.append(len(output) - self.shared(output))
-        return honest(self, output, vocab_size)
+        honest(self, output, vocab_size)
 
     monkeypatch.setattr(module._Followed, "go_to", counted)
     texts = [[[69, 70, 71][(i * (row + 1)) % 3] for i in range(300)] for row in range(3)]
@@ -225,10 +226,40 @@ def test_ends_come_where_the_grammar_permits_and_are_forced_where_nothing_else_i
 
 def test_forced_tokens_are_what_the_grammar_leaves_no_choice_about() -> None:
     rules = grammar("person")
-    assert text_of(rules.forced([])) == '{"name": "'
-    assert rules.forced([3, 3]) == []
-    done = tokenizer().wrapped('{"name": "a", "')["input_ids"]
-    assert text_of(rules.forced(done)) == 'age": '
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer().wrapped(text)["input_ids"])
+
+    assert text_of(rules.go_on([])) == '{"name": "'
+    assert text_of(rules.go_on([], tokens('{"na'))) == '{"name": "'
+    assert text_of(rules.go_on([], [*tokens('{"name": "ab'), 3, *tokens("c")])) == '{"name": "ab'
+    assert text_of(rules.go_on(tokens('{"name": "a", "'), [])) == 'age": '
+    assert text_of(rules.go_on(tokens('{"name": "a", "'), tokens("old"))) == 'age": '
+    last = tokens('{"name": "a", "age": 1, "likes": ["tea"')
+    assert rules.go_on(last, [*tokens("]}"), *ends(), 70]) == [*tokens("]}"), *ends()]
+    assert rules.go_on(last, [*ends(), 70]) == []
+    assert rules.go_on(last, tokens("]")) == [*tokens("]}"), *ends()], "where it is complete it has to end"
+    assert rules.go_on([3, 3], [70]) == rules.go_on([*last, *tokens("]}"), *ends()], [70]) == []
+
+
+@SAMPLINGS
+@pytest.mark.parametrize("drafter", CHOSEN)
+def test_forced_tokens_save_rounds_and_change_nothing(drafter: str, sampling: Sampling) -> None:
+    kinds = ("person", "twice", None, "regex")
+    work = [Request(PROMPT, sampling, TOKENS if k else 9, processor=k and grammar(k)) for k in kinds]
+    made = DRAFTERS[drafter]
+    plain = generate(target(), made(target()), work, ends())
+    helped = generate(target(), forcing(made(target()), target()), work, ends())
+    assert helped.texts == plain.texts
+    alone = [generate(target(), forcing(made(target()), target()), [request], ends()) for request in work]
+    assert [run.rounds[0] for run in alone] == helped.rounds, "a row depends on itself alone"
+    if drafter == "none":
+        assert helped.rounds == plain.rounds, "plain decoding stays plain"
+    elif "tree" not in drafter:
+        assert sum(map(len, helped.rounds)) < sum(map(len, plain.rounds))
+        assert helped.rounds[2] == plain.rounds[2]
+    if drafter == "prompt-lookup":
+        assert len(helped.rounds[1]) <= 3, "nearly all of it is forced"
 
 
 def test_min_tokens_and_a_complete_grammar_leave_nothing() -> None:
@@ -295,7 +326,7 @@ def test_response_formats() -> None:
 
     assert made({"type": "text"}) is None
     strict = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
-    assert text_of(made(strict).forced([])) == '{"name": "'
+    assert text_of(made(strict).go_on([])) == '{"name": "'
     object_only = made({"type": "json_object"})
     assert (object_only([], [], torch.zeros(BEYOND)) > -1).sum() < 10
     for wrong, named in (

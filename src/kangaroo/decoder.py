@@ -15,6 +15,7 @@ from kangaroo.decode import check_request
 from kangaroo.drafters import FILES, OF_ONE_TARGET, DrafterChoice, MakeDrafter, choose_drafter
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.forced import forcing
 from kangaroo.grammar import Grammar
 from kangaroo.loading import end_tokens, load_model, load_tokenizer
 from kangaroo.logprobs import Logprobs
@@ -159,7 +160,10 @@ class Decoder:
             raise DataError("there are no prompts")
         requests = [check_request(request, self.target, self.eos) for request in arguments.requests(tokens)]
         texts = arguments.texts(self.tokenizer, len(requests))
-        return BatchStream(self.target, self.make_drafter(), requests, texts, self.eos)
+        drafter = self.make_drafter()
+        if any(isinstance(request.processor, Grammar) for request in requests):
+            drafter = forcing(drafter, self.target)
+        return BatchStream(self.target, drafter, requests, texts, self.eos)
 
     def stream(
         self,

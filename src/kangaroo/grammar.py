@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
+from itertools import takewhile
 from threading import Lock
 from typing import Any
 
@@ -85,11 +86,21 @@ class Grammar:
         barred[:known] = torch.from_numpy(~allowed[:known])
         return scores.masked_fill_(barred.to(scores.device), -torch.inf)
 
-    def forced(self, output: Sequence[int]) -> list[int]:
-        """The tokens that follow an output as the tokenizer would write what the grammar leaves no choice about."""
+    def go_on(self, output: Sequence[int], drafted: Sequence[int] = ()) -> list[int]:
+        """What is worth drafting after an output: `drafted` as far as it is allowed, then what is forced from there."""
+        text, kept = tuple(output), list(takewhile(lambda token: token not in self._ends, drafted))
+        if not set(self._ends).isdisjoint(text):
+            return []
         with self._lock:
-            followed = self._follow(tuple(output))
-            return [] if followed is None else list(followed.matcher.compute_ff_tokens())
+            followed, read = self._follow((*text, *kept))
+            if read < len(text):
+                return []
+            if read == len(text) + len(kept) < len(text) + len(drafted) and followed.matcher.is_accepting():
+                return [*kept, drafted[len(kept)]]  # the draft's end is one
+            kept = [*kept[: read - len(text)], *followed.matcher.compute_ff_tokens()]
+            followed, _ = self._follow((*text, *kept))
+            done = followed.matcher.is_stopped() and followed.matcher.is_accepting()
+            return [*kept, *self._ends] if done and len(self._ends) == 1 else kept
 
     def _allowed(self, output: tuple[int, ...]) -> np.ndarray | None:
         """[V] bool: which tokens may follow; None after an output that the grammar forbids."""
@@ -107,10 +118,10 @@ class Grammar:
     def _find(self, output: tuple[int, ...]) -> np.ndarray | None:
         """The same, eight tokens a byte."""
         bits = np.zeros(self._vocabulary.vocab_size, dtype=np.uint8)
-        may_end = bool(set(self._ends).intersection(output))  # after an end come only ends, for who writes on past it
+        may_end = not set(self._ends).isdisjoint(output)  # after an end come only ends, for who writes on past it
         if not may_end:
-            followed = self._follow(output)
-            if followed is None:
+            followed, read = self._follow(output)
+            if read < len(output):
                 return None
             packed = np.frombuffer(followed.matcher.compute_bitmask(), dtype=np.uint8)
             bits[:] = np.unpackbits(packed, bitorder="little")[: len(bits)]
@@ -119,8 +130,8 @@ class Grammar:
         bits[list(self._ends)] = may_end
         return np.packbits(bits, bitorder="little")
 
-    def _follow(self, output: tuple[int, ...]) -> "_Followed | None":
-        """A text that has come as far as this output; None if the grammar forbids it."""
+    def _follow(self, output: tuple[int, ...]) -> "tuple[_Followed, int]":
+        """A text that has come as far as this output, or as far as it is allowed, and how far that is."""
         best = max(self._followed, key=lambda followed: followed.shared(output), default=None)
         if best is None or len(best.path) - best.shared(output) > FAR:
             best = _Followed(self._beginning.deep_copy())
@@ -128,9 +139,9 @@ class Grammar:
         else:
             self._followed.remove(best)
         self._followed.append(best)  # the one used last stands last
-        allowed = best.go_to(output, self._vocabulary.vocab_size)
+        best.go_to(output, self._vocabulary.vocab_size)
         self._check(best)
-        return best if allowed else None
+        return best, len(best.path)
 
     def _check(self, followed: "_Followed") -> None:
         """Raise ConfigError for a grammar that takes more than it may; let go of what is at an end it cannot leave."""
@@ -155,16 +166,14 @@ class _Followed:
             return most
         return next(i for i in range(most) if self.path[i] != output[i])
 
-    def go_to(self, output: tuple[int, ...], vocab_size: int) -> bool:
-        """Read an output, as far as it is allowed. Whether all of it is."""
+    def go_to(self, output: tuple[int, ...], vocab_size: int) -> None:
+        """Read an output, as far as it is allowed."""
         shared = self.shared(output)
         if shared < len(self.path):
             assert self.matcher.rollback(len(self.path) - shared), self.matcher.get_error()
         new = list(output[shared:])
         readable = next((i for i, token in enumerate(new) if not 0 <= token < vocab_size), len(new))
-        read = self.matcher.try_consume_tokens(new[:readable])
-        self.path = output[: shared + read]
-        return bool(read == len(new))
+        self.path = output[: shared + self.matcher.try_consume_tokens(new[:readable])]
 
 
 def grammar_from_response_format(
