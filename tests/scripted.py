@@ -32,6 +32,10 @@ class ScriptedDrafter:
     def observe(self, state: State, committed: Committed) -> None:
         """It has nothing to learn."""
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Each text stays with its row; a new row's is to be set."""
+        self.texts = [self.texts[row] for row in rows]
+
     def draft(self, state: State) -> Draft:
         """The text ahead of each row, wrong from level `planned()` on."""
         rows = [self._row(text, int(length)) for text, length in zip(self.texts, state.lengths, strict=True)]

@@ -249,9 +249,9 @@ def test_forced_tokens_save_rounds_and_change_nothing(drafter: str, sampling: Sa
     work = [Request(PROMPT, sampling, TOKENS if k else 9, processor=k and grammar(k)) for k in kinds]
     made = DRAFTERS[drafter]
     plain = generate(target(), made(target()), work, ends())
-    helped = generate(target(), forcing(made(target()), target()), work, ends())
+    helped = generate(target(), forcing(lambda: made(target()), target())(), work, ends())
     assert helped.texts == plain.texts
-    alone = [generate(target(), forcing(made(target()), target()), [request], ends()) for request in work]
+    alone = [generate(target(), forcing(lambda: made(target()), target())(), [request], ends()) for request in work]
     assert [run.rounds[0] for run in alone] == helped.rounds, "a row depends on itself alone"
     if drafter == "none":
         assert helped.rounds == plain.rounds, "plain decoding stays plain"

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from kangaroo.drafters.kangaroo.lookup import KangarooLookupConfig
     from kangaroo.drafters.kangaroo.tree import TreeConfig
     from kangaroo.drafters.medusa.drafter import MedusaChainConfig, MedusaTreeConfig
-    from kangaroo.errors import AdapterError, CapacityError, ConfigError, DataError, KangarooError, ModelError
+    from kangaroo.engine import Engine, EngineStatus
+    from kangaroo.errors import (
+        AdapterError,
+        CapacityError,
+        ConfigError,
+        DataError,
+        EngineClosed,
+        KangarooError,
+        ModelError,
+        QueueFull,
+    )
     from kangaroo.grammar import Grammar
     from kangaroo.hf import custom_generate
     from kangaroo.logprobs import Logprobs, TokenLogprobs
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
     from kangaroo.sampling import Sampling
     from kangaroo.state import Committed, Request, State
     from kangaroo.streaming import AnswerStream, BatchStream
+    from kangaroo.tickets import Ticket
     from kangaroo.tree import Draft, Placement, Stop
 
 __version__ = "0.1.0"
@@ -53,6 +64,9 @@ __all__ = [
     "Draft",
     "DraftModelConfig",
     "Drafter",
+    "Engine",
+    "EngineClosed",
+    "EngineStatus",
     "Grammar",
     "KVCache",
     "KangarooError",
@@ -67,6 +81,7 @@ __all__ = [
     "Piece",
     "Placement",
     "Processor",
+    "QueueFull",
     "Request",
     "RestConfig",
     "Round",
@@ -75,6 +90,7 @@ __all__ = [
     "Stats",
     "Stop",
     "Target",
+    "Ticket",
     "TokenLogprobs",
     "TreeConfig",
     "custom_generate",
@@ -100,7 +116,17 @@ _PLACES = {
     "drafters.kangaroo.lookup": ("KangarooLookupConfig",),
     "drafters.kangaroo.tree": ("TreeConfig",),
     "drafters.medusa.drafter": ("MedusaChainConfig", "MedusaTreeConfig"),
-    "errors": ("AdapterError", "CapacityError", "ConfigError", "DataError", "KangarooError", "ModelError"),
+    "engine": ("Engine", "EngineStatus"),
+    "errors": (
+        "AdapterError",
+        "CapacityError",
+        "ConfigError",
+        "DataError",
+        "EngineClosed",
+        "KangarooError",
+        "ModelError",
+        "QueueFull",
+    ),
     "grammar": ("Grammar",),
     "hf": ("custom_generate",),
     "logprobs": ("Logprobs", "TokenLogprobs"),
@@ -108,6 +134,7 @@ _PLACES = {
     "sampling": ("Sampling",),
     "state": ("Committed", "Request", "State"),
     "streaming": ("AnswerStream", "BatchStream"),
+    "tickets": ("Ticket",),
     "tree": ("Draft", "Placement", "Stop"),
 }
 _HOME = {name: f"kangaroo.{module}" for module, names in _PLACES.items() for name in names}

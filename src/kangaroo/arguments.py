@@ -37,6 +37,8 @@ class Arguments:
     """A number of candidates is short for Logprobs of so many."""
     processor: Processors = None
     """One for all prompts, or one for each."""
+    speculate: bool = True
+    """Whether anything may be drafted."""
 
     def __post_init__(self) -> None:
         if not 1 <= need_whole("n", self.n) <= MOST_ANSWERS:
@@ -44,6 +46,7 @@ class Arguments:
         for name in ("max_tokens", "min_tokens"):
             need_whole(name, getattr(self, name), largest=2**63 - 1)
         need_type("ignore_eos", self.ignore_eos, bool)
+        need_type("speculate", self.speculate, bool)
         if not _are_ids(self.stop_token_ids):
             raise ConfigError(f"stop_token_ids is a list of token ids, got {shown(self.stop_token_ids)}")
         if not isinstance(self.logprobs, Logprobs | int | None):
@@ -68,6 +71,7 @@ class Arguments:
                 ignore_eos=self.ignore_eos,
                 processor=processor,
                 logprobs=logprobs,
+                speculate=self.speculate,
             )
             for prompt, processor, group in zip(prompts, processors, groups, strict=True)
             for sampling in group

@@ -11,6 +11,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from kangaroo.errors import CapacityError
+from kangaroo.machine import available_bytes, human_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -30,25 +33,72 @@ class LayerShape:
 
 Views = dict[int, tuple[Tensor, Tensor]]
 """Layer -> its keys and values."""
+Stored = list[tuple[Tensor, Tensor]]
+"""Keys and values [L, heads, N, dim] of some slots of a row, for each kind of layer."""
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: [B, heads, S, dim] each."""
+    """Keys and values of every layer, [B, heads, S, dim] each. Rows may come, go and move; storage only grows."""
 
     def __init__(self, shapes: Sequence[LayerShape], batch: int, slots: int, block: int = 1):
         """`slots` are for tokens; storage is rounded up to whole blocks, for attention that reads nothing less."""
-        self.slots = slots
-        slots = -(-slots // block) * block
+        self.slots, self._held, self._block = slots, batch, block
         # Layers of one shape share a tensor [L, B, heads, S, dim], so that one call makes views of them all.
-        self._stacks: list[tuple[range, Tensor, Tensor]] = []
+        self._storage: list[tuple[range, Tensor, Tensor]] = []
         for shape, alike in groupby(range(len(shapes)), key=shapes.__getitem__):
             layers = list(alike)
-            keys, values = (_zeros(shape, len(layers), batch, slots, dim) for dim in (shape.key_dim, shape.value_dim))
-            self._stacks.append((range(layers[0], layers[-1] + 1), keys, values))
+            size, dims = (len(layers), batch, shape.heads, _up(slots, block)), (shape.key_dim, shape.value_dim)
+            keys, values = (torch.zeros(*size, dim, dtype=shape.dtype, device=shape.device) for dim in dims)
+            self._storage.append((range(layers[0], layers[-1] + 1), keys, values))
+        self._open(batch)
+
+    def _open(self, batch: int) -> None:
+        """Make views of the rows that are in use, the first ones."""
+        self._stacks = [(layers, keys[:, :batch], values[:, :batch]) for layers, keys, values in self._storage]
         self._keys = [layer for _, keys, _ in self._stacks for layer in keys]
         self._values = [layer for _, _, values in self._stacks for layer in values]
         self._visible: tuple[int, Views] = 0, {}
-        self._rows = {shape.device: torch.arange(batch, device=shape.device) for shape in shapes}
+        self._rows = {keys.device: torch.arange(batch, device=keys.device) for _, keys, _ in self._stacks}
+
+    def arrange(self, rows: Sequence[int], slots: int, length: int) -> None:
+        """From now on row i is the one that was rows[i] (-1: a new one), and each has `slots` slots or more.
+
+        Rows that move come from places that are given up. The first `length` slots are kept.
+
+        Raises CapacityError if more storage is needed than there is.
+        """
+        assert all(old in (-1, row) or old >= len(rows) for row, old in enumerate(rows)), "a row would be overwritten"
+        grows = slots > self.slots or len(rows) > self._held
+        if grows:
+            held, slots = max(self._held, len(rows)), max(self.slots, slots)
+            self._check_growth(held, slots)
+            self._held, self.slots = held, slots
+        moves = [(row, old) for row, old in enumerate(rows) if old >= 0 and (grows or old != row)]
+        self._stacks, self._keys, self._values, self._visible = [], [], [], (0, {})  # or old storage would stay
+        for number, (layers, *pair) in enumerate(self._storage):
+            for side, store in enumerate(pair):
+                new = self._larger(store) if grows else store
+                for row, old in moves:
+                    new[:, row, :, :length] = store[:, old, :, :length]
+                pair[side] = new
+            self._storage[number] = layers, pair[0], pair[1]
+        self._open(len(rows))
+
+    def _larger(self, store: Tensor) -> Tensor:
+        layers, _, heads, _, dim = store.shape
+        return store.new_zeros(layers, self._held, heads, _up(self.slots, self._block), dim)
+
+    def _check_growth(self, held: int, slots: int) -> None:
+        for device in {keys.device for _, keys, _ in self._storage}:
+            sizes = [s.numel() * s.itemsize for _, *pair in self._storage for s in pair if s.device == device]
+            factor = held * _up(slots, self._block) / (self._held * _up(self.slots, self._block))
+            # Old storage goes piece by piece as new is made.
+            needed, free = int(sum(sizes) * (factor - 1) + max(sizes)), available_bytes(device)
+            if needed > free:
+                raise CapacityError(
+                    f"a KV cache of {held} rows of {slots} tokens needs {human_bytes(needed)} more on {device}, where "
+                    f"{human_bytes(free)} are free; use fewer rows, shorter prompts or fewer max_tokens"
+                )
 
     def views(self, layers: range, begin: int, end: int) -> Views:
         """Slots [begin, end) of some layers, as views [B, H, end - begin, dim] to read from or to copy into."""
@@ -84,6 +134,19 @@ class KVCache:
         rows = rows.to(keys.device)
         return keys[rows], values[rows]
 
+    def save(self, row: int, begin: int, end: int) -> Stored:
+        """A copy of slots [begin, end) of a row, in every layer."""
+        return [
+            (keys[:, row, :, begin:end].clone(), values[:, row, :, begin:end].clone())
+            for _, keys, values in self._stacks
+        ]
+
+    def restore(self, row: int, begin: int, stored: Stored) -> None:
+        """Write what was saved into a row, from slot `begin` on."""
+        for (_, *pair), saved in zip(self._stacks, stored, strict=True):
+            for store, part in zip(pair, saved, strict=True):
+                store[:, row, :, begin : begin + part.shape[2]] = part
+
     def keep(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` [B, M] onto `destination` [B, M] in every layer. Needed for trees only."""
         for store in (tensor for _, *pair in self._stacks for tensor in pair):
@@ -92,5 +155,5 @@ class KVCache:
             slots[:, batch, destination.to(slots.device)] = slots[:, batch, source.to(slots.device)]
 
 
-def _zeros(shape: LayerShape, layers: int, batch: int, slots: int, dim: int) -> Tensor:
-    return torch.zeros(layers, batch, shape.heads, slots, dim, dtype=shape.dtype, device=shape.device)
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step

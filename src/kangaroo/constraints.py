@@ -51,6 +51,8 @@ class Constraints:
 
     def __init__(self, rows: Sequence[Constraint], vocab_size: int, device: torch.device):
         self._processors = [row.processor for row in rows]
+        self.blamed: int | None = None
+        """The row whose processor has raised, or has left no token that could follow."""
         self._min_tokens = torch.tensor([[row.min_tokens if row.ends else 0] for row in rows], device=device)
         self._ends: Tensor | None = None
         if any(row.min_tokens and row.ends for row in rows):
@@ -83,6 +85,7 @@ class Constraints:
         for row, processor in enumerate(self._processors):
             if processor is None or not active[row]:
                 continue
+            self.blamed = row  # until it has returned
             length, begin = facts[row]
             text = prefix.tokens[row, :length].tolist()
             first = len(nodes[row]) - scores.shape[1]
@@ -90,6 +93,7 @@ class Constraints:
                 whole = [*text, *_path(node, nodes[row], parents[row])]
                 given = scores[row, node - first]
                 given.copy_(run_processor(processor, whole[:begin], whole[begin:], given))
+        self.blamed = None
         return scores
 
 

@@ -1,6 +1,7 @@
 """The loop: draft, verify, accept, commit. Every drafter, chain or tree, greedy or sampled, runs through it."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,10 @@ class Round:
     """Why drafting stopped."""
     logprobs: list[list[TokenLogprobs]] | None = None
     """Those of the emitted tokens, in the rows that want them; None if no row does."""
+    draft_seconds: float = 0.0
+    """On an accelerator, until the drafter last waited for it."""
+    verify_seconds: float = 0.0
+    """All that came after drafting."""
 
 
 @torch.inference_mode()
@@ -60,19 +65,27 @@ def start(
     checked = [check_request(request, target, eos) for request in requests]
     if not checked:
         raise DataError("there are no prompts")
-    capacity = max(capacity, *(len(r.prompt) + r.max_tokens for r in checked))
+    state = allocate(target, drafter, checked, eos=eos, rule=rule, capacity=capacity)
+    prefill(target, drafter, state)
+    return state
+
+
+@torch.inference_mode()
+def allocate(
+    target: Target, drafter: Drafter, requests: Sequence[Request], *, eos: Sequence[int], rule: str, capacity: int
+) -> State:
+    """A State for checked requests, whose prompts still have to be prefilled. Raises CapacityError."""
+    capacity = max(capacity, *(len(r.prompt) + r.max_tokens for r in requests))
     # A chain ends where its row does; trees branch, and may have more nodes than that.
     spare = min(drafter.nodes, max(capacity, LARGEST_TREE), LONGEST_DRAFT)
     try:
-        cache = target.new_cache(len(checked), capacity + spare, drafter.cache_layers)
+        cache = target.new_cache(len(requests), capacity + spare, drafter.cache_layers)
     except CapacityError as error:
         if spare > LARGEST_TREE:
             error.add_note(f"{spare} tokens of each row are for drafts: a smaller max_draft needs fewer")
         raise
-    sampler = Sampler([r.sampling for r in checked], target.vocab_size, target.device)
-    state = State(checked, cache, sampler, eos, rule, spare=spare)
-    prefill(target, drafter, state)
-    return state
+    sampler = Sampler([r.sampling for r in requests], target.vocab_size, target.device)
+    return State(requests, cache, sampler, eos, rule, spare=spare)
 
 
 def check_request(request: Request, target: Target, eos: Sequence[int] = ()) -> Request:
@@ -118,16 +131,25 @@ def prefill(target: Target, drafter: Drafter, state: State, rows: Tensor | None 
 
     The drafter sees every prompt from its first token, be it the only one, and so learns that a row has changed hands.
     """
-    chosen = torch.arange(state.batch, device=target.device) if rows is None else rows
     seated = state.rows if rows is None else [state.rows[row] for row in rows.tolist()]
     longest = max(1, *(len(row.prompt) - 1 for row in seated))
     for begin in range(0, longest, PREFILL_CHUNK):
-        width = min(PREFILL_CHUNK, longest - begin)
-        positions = torch.arange(begin, begin + width, device=target.device).expand(len(chosen), width)
-        where = place_at(positions, begin + width, rows, begin, prompt=True)
-        x = target.embed(state.tokens[chosen, begin : begin + width])
-        _, features = target.run(x, where, state.cache, taps=drafter.taps)
-        drafter.observe(state, state.commit_prompt(begin, width, where, features))
+        prefill_chunk(target, drafter, state, rows, begin, min(PREFILL_CHUNK, longest - begin))
+
+
+@torch.inference_mode()
+def prefill_chunk(
+    target: Target, drafter: Drafter, state: State, rows: Tensor | None, begin: int, width: int
+) -> Committed:
+    """Run the tokens [begin, begin + width) of the prompts of `rows`, all but each prompt's last."""
+    chosen = torch.arange(state.batch, device=target.device) if rows is None else rows
+    positions = torch.arange(begin, begin + width, device=target.device).expand(len(chosen), width)
+    where = place_at(positions, begin + width, rows, begin, prompt=True)
+    x = target.embed(state.tokens[chosen, begin : begin + width])
+    _, features = target.run(x, where, state.cache, taps=drafter.taps)
+    committed = state.commit_prompt(begin, width, where, features)
+    drafter.observe(state, committed)
+    return committed
 
 
 def decode(target: Target, drafter: Drafter, state: State) -> Iterator[Round]:
@@ -139,18 +161,24 @@ def decode(target: Target, drafter: Drafter, state: State) -> Iterator[Round]:
 @torch.inference_mode()
 def step(target: Target, drafter: Drafter, state: State) -> Round:
     """One round: draft, run the target's remaining layers over the draft, keep what the target agrees with."""
+    began = time.perf_counter()
     draft = drafter.draft(state)
+    drafted = time.perf_counter()
+    if any(off := state.off):
+        draft = _without(draft, off)
     where = place_draft(draft, state)
     x = target.embed(draft.tokens) if draft.hidden is None else draft.hidden
     x, features = target.run(x, where, state.cache, start=draft.layers_done, taps=drafter.taps)
     logits = target.logits(target.norm(x))
     verdict = clip(RULES[state.rule](draft, logits, where, state), draft, state)
-    if state.constraints.has_processors and bool((verdict.next_token < 0).any()):
+    if state.constraints.has_processors and bool((barred := verdict.next_token < 0).any()):
+        state.constraints.blamed = int(barred.int().argmax())
         raise ConfigError("a processor forbids every token that could follow; it must leave at least one")
     logprobs = _logprobs(draft, logits, verdict, state)
     committed = state.commit(draft, verdict, features)
     drafter.observe(state, committed)
-    return _summary(draft, committed, state, logprobs)
+    done = _summary(draft, committed, state, logprobs)
+    return replace(done, draft_seconds=drafted - began, verify_seconds=time.perf_counter() - drafted)
 
 
 def _logprobs(draft: Draft, logits: Tensor, verdict: Verdict, state: State) -> list[list[TokenLogprobs]] | None:
@@ -169,6 +197,14 @@ def _logprobs(draft: Draft, logits: Tensor, verdict: Verdict, state: State) -> l
             nodes = verdict.path[row, : counts[row]]
             found[row] = token_logprobs(source[row, nodes], emitted[row, : counts[row]], each.top)
     return found
+
+
+def _without(draft: Draft, off: Sequence[bool]) -> Draft:
+    """The draft, nothing of it in the rows that are off, whatever its drafter thinks of that."""
+    valid, off_ = draft.valid.clone(), torch.tensor(off, device=draft.valid.device)
+    valid[:, 1:] &= ~off_[:, None]
+    stops = zip(off, draft.stops, strict=True)
+    return replace(draft, valid=valid, stops=tuple(Stop.OFF if no else stop for no, stop in stops))
 
 
 def place_draft(draft: Draft, state: State) -> Placement:

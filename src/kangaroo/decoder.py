@@ -14,6 +14,7 @@ from kangaroo.constraints import Processor
 from kangaroo.decode import check_request
 from kangaroo.drafters import FILES, OF_ONE_TARGET, DrafterChoice, MakeDrafter, choose_drafter
 from kangaroo.drafters.none import NoDrafter
+from kangaroo.engine import Engine
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.forced import forcing
 from kangaroo.grammar import Grammar
@@ -74,6 +75,12 @@ class Decoder:
             drafter=choice.described,
             allow_other_target=self.allow_other_target,
         )
+
+    def engine(
+        self, *, rows: int = 16, queue: int = 256, capacity: int | None = None, prefix_tokens: int = 4096
+    ) -> Engine:
+        """An Engine that answers requests as they come; its arguments are described there."""
+        return Engine(self, rows=rows, queue=queue, capacity=capacity, prefix_tokens=prefix_tokens)
 
     def plain(self) -> "Decoder":
         """The same target without drafting: the baseline, on the same weights and kernels."""
@@ -160,10 +167,9 @@ class Decoder:
             raise DataError("there are no prompts")
         requests = [check_request(request, self.target, self.eos) for request in arguments.requests(tokens)]
         texts = arguments.texts(self.tokenizer, len(requests))
-        drafter = self.make_drafter()
-        if any(isinstance(request.processor, Grammar) for request in requests):
-            drafter = forcing(drafter, self.target)
-        return BatchStream(self.target, drafter, requests, texts, self.eos)
+        ruled = any(isinstance(request.processor, Grammar) for request in requests)
+        make_drafter = forcing(self.make_drafter, self.target) if ruled else self.make_drafter
+        return BatchStream(self.target, make_drafter, requests, texts, self.eos)
 
     def stream(
         self,

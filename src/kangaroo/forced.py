@@ -1,6 +1,6 @@
 """Tokens that a grammar leaves no choice about, drafted for nothing behind whatever a drafter proposes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,12 +35,21 @@ class Forced:
         """The drafter's own business: tokens it has not drafted are to it as the target's own."""
         self._drafter.observe(state, committed)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Likewise."""
+        self._drafter.arrange(rows)
+
     def draft(self, state: State) -> Draft:
         """The drafter's draft, amended in rows that follow a grammar."""
         draft = self._drafter.draft(state)
         if not draft.is_chain or draft.probs is not None:
             return draft
-        amended = {row: self._amend(row, draft, state) for row in range(state.batch) if _grammar(row, state)}
+        amended = dict[int, list[int]]()
+        for row, room in enumerate(state.draft_rooms):
+            if room and _grammar(row, state):
+                state.constraints.blamed = row  # should its grammar turn out too complex
+                amended[row] = self._amend(row, draft, state)[:room]
+                state.constraints.blamed = None
         return _amended(draft, amended, state, self._target) if amended else draft
 
     def _amend(self, row: int, draft: Draft, state: State) -> list[int]:
@@ -49,13 +58,12 @@ class Forced:
         assert grammar is not None, "rows without one are left alone"
         output = state.tokens[row, : known.length + 1].tolist()[len(known.prompt) :]
         drafted = draft.tokens[row, 1:][draft.valid[row, 1:]].tolist()
-        most = min(known.room, state.spare, len(drafted) + MOST_FORCED + 1) - 1
-        return grammar.go_on(output, drafted)[:most]
+        return grammar.go_on(output, drafted)[: len(drafted) + MOST_FORCED]
 
 
 def _grammar(row: int, state: State) -> Grammar | None:
     processor = state.requests[row].processor
-    return processor if state.rows[row].active and isinstance(processor, Grammar) else None
+    return processor if isinstance(processor, Grammar) else None
 
 
 def _amended(draft: Draft, rows: Mapping[int, Sequence[int]], state: State, target: Target) -> Draft:
@@ -93,6 +101,14 @@ def _unchanged(old: Tensor, new: Tensor) -> int:
     return int((old[:, :shared] == new[:, :shared]).all(0).long().cumprod(0).sum())
 
 
-def forcing(drafter: Drafter, target: Target) -> Drafter:
-    """The drafter, with forced tokens added to its chains. Plain decoding stays plain: speed is measured against it."""
-    return drafter if isinstance(drafter, NoDrafter) else Forced(drafter, target)
+def forcing(make_drafter: Callable[[], Drafter], target: Target) -> Callable[[], Drafter]:
+    """Makes the same drafters, with forced tokens added to their chains where rows follow a grammar.
+
+    Plain decoding stays plain: speed is measured against it.
+    """
+
+    def make() -> Drafter:
+        drafter = make_drafter()
+        return drafter if isinstance(drafter, NoDrafter) else Forced(drafter, target)
+
+    return make

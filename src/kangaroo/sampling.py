@@ -164,6 +164,14 @@ class Sampler:
         self._rows[row] = sampling
         self._pack()
 
+    def arrange(self, rows: Sequence[int], joining: Sequence[Sampling]) -> None:
+        """From now on row i is the one that was rows[i]; -1: the next of `joining`."""
+        for sampling in joining:
+            self._check(sampling)
+        fresh = iter(joining)
+        self._rows = [self._rows[old] if old >= 0 else next(fresh) for old in rows]
+        self._pack()
+
     def _check(self, sampling: Sampling) -> None:
         outside = [token for token in sampling.logit_bias if token >= self.vocab_size]
         if outside:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kangaroo.cache import KVCache
 from kangaroo.constraints import Constraint, Constraints, Processor
@@ -32,6 +33,8 @@ class Request:
     """Whether the model's own ends are tokens like any other."""
     processor: Processor | None = None
     logprobs: Logprobs | None = None
+    speculate: bool = True
+    """Whether anything may be drafted for it."""
 
     def ends(self, eos: Sequence[int]) -> tuple[int, ...]:
         """The tokens that end the row, those of the model being `eos`."""
@@ -49,6 +52,11 @@ class Row:
     """Tokens it may still emit."""
     active: bool
     pending: int
+
+
+def arranged(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """values [B, ...] -> [len(rows), ...]: row i is the one that was rows[i], or zeros where that is -1."""
+    return torch.cat([values, values.new_zeros(1, *values.shape[1:])])[list(rows)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class State:
 
     A row's first `lengths[b]` tokens are committed: their K/V are valid in every target layer. The token after them
     is pending: known, but not yet run. At first that is the prompt's last token, so every emitted token comes from a
-    round. Rows are fixed places: a request may take a finished row over between rounds.
+    round. Between rounds a request may take a finished row over, and rows may come, go and move (`arrange`).
     """
 
     def __init__(
@@ -91,16 +99,51 @@ class State:
         """`spare` slots of the cache are for drafts: a row holds at most `capacity` tokens, prompt and output."""
         device, rows = sampler.device, len(requests)
         self.cache, self.sampler, self.rule = cache, sampler, rule
-        self.capacity, self.spare = cache.slots - spare, spare
+        self.spare = spare
         self.requests, self._eos = list(requests), tuple(sorted(eos))
         self.tokens = torch.zeros(rows, cache.slots + 1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.ones_like(self.lengths)
         self.room = torch.zeros_like(self.lengths)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.rounds = 0
+        self.rounds, self.drafting = 0, True
         self.rows = [self._seat(row, request) for row, request in enumerate(requests)]
         self._constrain()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row holds at most, prompt and output."""
+        return self.cache.slots - self.spare
+
+    @torch.inference_mode()
+    def arrange(self, rows: Sequence[int], joining: Sequence[Request], capacity: int = 0) -> None:
+        """From now on row i is the one that was rows[i]; -1: a new one, of the next of the requests that join.
+
+        New rows are inactive until their prompts are prefilled (`begin`). Rows that move come from places that are
+        given up. All hold `capacity` tokens or more.
+
+        Raises CapacityError if that is more than fits in memory.
+        """
+        self.cache.arrange(rows, max(capacity + self.spare, self.cache.slots), self.longest)
+        wider = self.cache.slots + 1 - self.tokens.shape[1]
+        self.tokens = arranged(functional.pad(self.tokens, (0, wider)), rows)
+        self.lengths, self.prompt_lengths = arranged(self.lengths, rows), arranged(self.prompt_lengths, rows)
+        self.room, self.active = arranged(self.room, rows), arranged(self.active, rows)
+        places = [row for row, old in enumerate(rows) if old < 0]
+        requests = dict(zip(places, joining, strict=True))
+        self.requests = [self.requests[old] if old >= 0 else requests[row] for row, old in enumerate(rows)]
+        self.rows = [self.rows[old] if old >= 0 else self._seat(row, requests[row]) for row, old in enumerate(rows)]
+        for row in places:
+            self.finish(row)
+        self.sampler.arrange(rows, [request.sampling for request in joining])
+        self._constrain()
+
+    @torch.inference_mode()
+    def begin(self, row: int) -> None:
+        """A row's prompt has been prefilled: from now on it takes part in rounds."""
+        told = self.rows[row]
+        self.active[row] = told.active = True
+        told.pending = told.prompt[-1]
 
     @torch.inference_mode()
     def assign(self, row: int, request: Request) -> None:
@@ -131,7 +174,7 @@ class State:
     def _constrain(self) -> None:
         """Make tensors of what ends the rows and what their requests forbid."""
         ends, device = [request.ends(self._eos) for request in self.requests], self.sampler.device
-        width = max(map(len, ends))
+        width = max(map(len, ends), default=0)
         padded = [[*row, *[NO_TOKEN] * (width - len(row))] for row in ends]
         self.ends = torch.tensor(padded, dtype=torch.int64, device=device)
         """[B, E] tokens that end each row, padded."""
@@ -159,12 +202,25 @@ class State:
     @property
     def longest(self) -> int:
         """Committed tokens of the longest row."""
-        return max(row.length for row in self.rows)
+        return max((row.length for row in self.rows), default=0)
 
     @property
     def running(self) -> bool:
         """Whether some row is active."""
         return any(row.active for row in self.rows)
+
+    @property
+    def draft_rooms(self) -> list[int]:
+        """Per row, how many tokens its draft may have."""
+        # A draft may be allowed to be longer than a row has slots for.
+        rows = zip(self.rows, self.off, strict=True)
+        return [min(row.room, self.spare) - 1 if row.active and not off else 0 for row, off in rows]
+
+    @property
+    def off(self) -> list[bool]:
+        """Per row, whether it is active and nothing may be drafted for it."""
+        rows = zip(self.rows, self.requests, strict=True)
+        return [row.active and not (self.drafting and asked.speculate) for row, asked in rows]
 
     @property
     def pending(self) -> Tensor:

@@ -1,16 +1,14 @@
 """Answers as they are written: iterators of pieces that can be closed, each with counts and completions of its own."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 from kangaroo.completion import Completion, Piece, Stats, Transcript
-from kangaroo.decode import decode, start
 from kangaroo.drafters.base import Drafter
-from kangaroo.machine import synchronise
 from kangaroo.model import Target
-from kangaroo.state import Request, State
+from kangaroo.scheduler import Scheduler, Task
+from kangaroo.state import Request
 from kangaroo.text import TextStream
 
 
@@ -24,23 +22,25 @@ class BatchStream:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter,
+        make_drafter: Callable[[], Drafter],
         requests: Sequence[Request],
         texts: Sequence[TextStream],
         eos: Sequence[int],
+        rows: int | None = None,
     ):
-        """`requests` are checked ones, with a text each. Raises what `start` raises."""
+        """`requests` are checked ones, with a text each; `rows` is how many run at once, None: all of them.
+
+        Raises CapacityError if the rows do not fit in memory.
+        """
         self._transcripts = [
             Transcript(request, request.ends(eos), text, answer)
             for answer, (request, text) in enumerate(zip(requests, texts, strict=True))
         ]
-        began = time.perf_counter()
-        state = start(target, drafter, requests, eos=eos)
-        synchronise(target.device)
-        share = (time.perf_counter() - began) / len(requests)
-        for transcript in self._transcripts:
-            transcript.stats.prefill_seconds = share
-        self._pieces: Iterator[Piece] = _run(target, drafter, state, self._transcripts)
+        scheduler = Scheduler(target, make_drafter, eos, rows=len(requests) if rows is None else rows)
+        for request, transcript in zip(requests, self._transcripts, strict=True):
+            scheduler.submit(Task(request, transcript))
+        scheduler.read_prompts()
+        self._pieces: Iterator[Piece] = _run(scheduler)
 
     @property
     def stats(self) -> list[Stats]:
@@ -71,19 +71,10 @@ class BatchStream:
         self.close()
 
 
-def _run(target: Target, drafter: Drafter, state: State, transcripts: Sequence[Transcript]) -> Iterator[Piece]:
-    rounds = decode(target, drafter, state)
-    while any(transcript.completion is None for transcript in transcripts):
-        began = time.perf_counter()
-        done = next(rounds)
-        seconds, pieces = time.perf_counter() - began, list[Piece]()
-        working = [row for row, emitted in enumerate(done.emitted) if emitted]
-        for row in working:
-            pieces += transcripts[row].read(done, row)
-            transcripts[row].stats.decode_seconds += seconds / len(working)
-            if isinstance(transcripts[row].stopped_by, str):  # the other reasons are known to the state
-                state.finish(row)
-        yield from pieces
+def _run(scheduler: Scheduler) -> Iterator[Piece]:
+    while scheduler.busy:
+        for _, pieces in scheduler.step().pieces:
+            yield from pieces
 
 
 class AnswerStream:

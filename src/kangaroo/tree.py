@@ -21,6 +21,7 @@ class Stop(Enum):
     CONFIDENCE = "confidence"  # the last token was unsure
     ROOM = "room"  # the row may emit no more
     NOTHING = "nothing"  # the drafter had nothing to propose
+    OFF = "off"  # not wanted for this request, or it would not pay under the load
     INACTIVE = "inactive"  # the row is finished
 
 

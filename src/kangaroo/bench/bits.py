@@ -56,6 +56,10 @@ class Noting:
                 own += new[: len(text)]
         self._drafter.observe(state, committed)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """As the drafter does."""
+        self._drafter.arrange(rows)
+
     def draft(self, state: State) -> Draft:
         """As the drafter does."""
         return self._drafter.draft(state)

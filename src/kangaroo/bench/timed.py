@@ -74,6 +74,10 @@ class Timed:
         with self.clock:
             self._drafter.observe(state, committed)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """As the drafter does."""
+        self._drafter.arrange(rows)
+
     def draft(self, state: State) -> Draft:
         """As the drafter does."""
         with self.clock:

@@ -1,5 +1,6 @@
 """What every drafter is."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kangaroo.cache import LayerShape
@@ -31,6 +32,10 @@ class Drafter(Protocol):
 
     def observe(self, state: State, committed: Committed) -> None:
         """These tokens have joined their rows: of prompts and of rounds alike, in order."""
+        ...
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """From now on row i is the one that was rows[i]; -1: a new one, whose prompt will be observed."""
         ...
 
     def draft(self, state: State) -> Draft:

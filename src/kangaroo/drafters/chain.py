@@ -62,6 +62,10 @@ class Stopping(Protocol):
         """Tokens have joined their rows."""
         ...
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Rows have moved, as a drafter hears of it."""
+        ...
+
 
 class Threshold:
     """Stop after a token whose top-1 probability was below the threshold (Liu et al. 2024, section 3.2)."""
@@ -81,6 +85,9 @@ class Threshold:
 
     def observe(self, state: State, committed: Committed) -> None:
         """Nothing to learn."""
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Nothing to keep."""
 
 
 def top_probability(logits: Tensor) -> Tensor:
@@ -104,9 +111,7 @@ def draft_chain(
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
     logits [B, 1, V], or [B, 1, n] over a draft vocabulary. The token after which a row stops stays in the draft.
     """
-    # A draft may be allowed to be longer than a row has slots for.
-    rooms = [min(row.room, state.spare) - 1 for row in state.rows]
-    limits = [max(0, min(most, room)) * row.active for most, room, row in zip(limits, rooms, state.rows, strict=True)]
+    limits = [max(0, min(most, room)) for most, room in zip(limits, state.draft_rooms, strict=True)]
     sure = list(stopping.begin(state)) if any(limits) else [True] * state.batch
     counts = [0] * state.batch
     tokens, probs = [state.pending], list[Tensor]()

@@ -6,7 +6,7 @@ some accepted tokens may be missing in it (the last draft of a fully accepted ch
 token of the next round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from kangaroo.drafters.settings import Settings, configure, need_path
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
-from kangaroo.state import Committed, State
+from kangaroo.state import Committed, State, arranged
 from kangaroo.tree import Draft, place_at
 
 
@@ -72,6 +72,13 @@ class DraftModel:
             change = torch.where(committed.count > self._drafted, 2, -1) * (self._drafted > 0)
             self._lengths = (self._lengths + change).clamp(1, self._config.max_draft)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Keys, values and counts stay with their rows."""
+        assert self._cache is not None, "rows move after the first prompts"
+        self._cache.arrange(rows, self._cache.slots, int(self._seen.max()) if len(self._seen) else 0)
+        self._seen, self._lengths = arranged(self._seen, rows), arranged(self._lengths, rows)
+        self._drafted = arranged(self._drafted, rows)
+
     def _begin(self, state: State) -> None:
         self._cache = self.model.new_cache(state.batch, state.cache.slots)
         self._seen = torch.zeros_like(state.lengths)
@@ -79,6 +86,9 @@ class DraftModel:
         self._drafted = torch.zeros_like(state.lengths)
 
     def _prefill(self, state: State, committed: Committed) -> None:
+        assert self._cache is not None, "made for the first prompt"
+        if state.cache.slots > self._cache.slots:
+            self._cache.arrange(range(state.batch), state.cache.slots, self._cache.slots)
         rows = slice(None) if committed.where.rows is None else committed.where.rows
         self._run(state, committed.tokens, committed.where.positions, committed.where.rows)
         self._seen[rows] = state.lengths[rows]

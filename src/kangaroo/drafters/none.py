@@ -1,6 +1,6 @@
 """Autoregressive decoding through the same loop: the denominator of every speed-up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ class NoDrafter:
 
     def observe(self, state: State, committed: Committed) -> None:
         """Nothing to learn."""
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Nothing to keep."""
 
     def draft(self, state: State) -> Draft:
         """The pending token alone."""

@@ -1,7 +1,8 @@
 """What drafters that copy text share: which tokens have arrived in which row, and drafts made of found tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -30,10 +31,18 @@ def arrivals(committed: Committed) -> Iterator[Arrival]:
         yield Arrival(row, list(tokens), fresh, prompt)
 
 
+Kept = TypeVar("Kept")
+
+
+def rearranged(kept: Mapping[int, Kept], rows: Sequence[int]) -> dict[int, Kept]:
+    """What is kept of each row that has stayed, under its new number."""
+    return {row: kept[old] for row, old in enumerate(rows) if old in kept}
+
+
 def copy_chain(state: State, copies: Sequence[Sequence[int]]) -> Draft:
     """A draft of one chain per row, each cut to the room its row has; a row that has none drafts nothing."""
-    room, active = [min(row.room, state.spare) - 1 for row in state.rows], [row.active for row in state.rows]
-    cut = [list(copy[: max(0, free)]) if on else [] for copy, free, on in zip(copies, room, active, strict=True)]
+    room, active = state.draft_rooms, [row.active for row in state.rows]
+    cut = [list(copy[: max(0, free)]) for copy, free in zip(copies, room, strict=True)]
     width = max(map(len, cut), default=0)
     device = state.tokens.device
     tokens = valid = torch.zeros(state.batch, 0, dtype=torch.int64, device=device)

@@ -5,14 +5,14 @@ are copied. The documents are those the application knows, such as retrieved pas
 reference. Differences from the original: an index instead of a scan in every round; any batch, and sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kangaroo.cache import LayerShape
 from kangaroo.documents import read_documents
-from kangaroo.drafters.copying.arrivals import arrivals, copy_chain
+from kangaroo.drafters.copying.arrivals import arrivals, copy_chain, rearranged
 from kangaroo.drafters.copying.ngrams import NgramIndex, check_lengths
 from kangaroo.drafters.settings import Settings, configure, to_path
 from kangaroo.errors import ConfigError, DataError
@@ -63,6 +63,10 @@ class LLMA:
                 output = self._outputs[row]
                 output = tokens[1:] if output is None else [*output, *tokens]
                 self._outputs[row] = output[-self._config.longest :]
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What is known of a row stays with it."""
+        self._prompts, self._outputs = rearranged(self._prompts, rows), rearranged(self._outputs, rows)
 
     def draft(self, state: State) -> Draft:
         """What follows the row's latest output in a reference; nothing before there is any."""

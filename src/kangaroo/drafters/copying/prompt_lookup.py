@@ -5,12 +5,12 @@ Differences from the original: the latest occurrence is taken instead of the fir
 grows with the text instead of by a scan in every round; any batch, and sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kangaroo.cache import LayerShape
-from kangaroo.drafters.copying.arrivals import arrivals, copy_chain
+from kangaroo.drafters.copying.arrivals import arrivals, copy_chain, rearranged
 from kangaroo.drafters.copying.ngrams import NgramIndex, check_lengths
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.model import Target
@@ -48,6 +48,10 @@ class PromptLookup:
             if arrived.fresh:
                 self._texts[arrived.row] = NgramIndex(self._config.shortest, self._config.longest, "latest")
             self._texts[arrived.row].extend(arrived.tokens)
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Each index stays with its row."""
+        self._texts = rearranged(self._texts, rows)
 
     def draft(self, state: State) -> Draft:
         """The continuation found for each row."""

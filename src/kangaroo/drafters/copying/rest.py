@@ -7,7 +7,7 @@ mapped, not loaded; the same draft for the same context, as more occurrences tha
 and ties go to the shallower node, then to the smaller ids.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,19 +121,22 @@ class Rest:
 
     def draft(self, state: State) -> Draft:
         """The most frequent continuations of every row's latest tokens."""
-        rows = list(self._rows(state))
-        tries = [self._find(context, room) for context, room, _ in rows]
-        stops = tuple(_reason(trie, room, active) for trie, (_, room, active) in zip(tries, rows, strict=True))
+        rooms = state.draft_rooms
+        tries = [self._find(context, room) for context, room in zip(self._contexts(state), rooms, strict=True)]
+        facts = zip(tries, rooms, state.rows, strict=True)
+        stops = tuple(_reason(trie, room, row.active) for trie, room, row in facts)
         return _join(state, tries, stops)
 
-    def _rows(self, state: State) -> Iterator[tuple[list[int], int, bool]]:
-        """Per row: its latest tokens, the pending one included; how many it may draft; whether it is active."""
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Nothing to keep."""
+
+    def _contexts(self, state: State) -> Iterator[list[int]]:
+        """Each row's latest tokens, the pending one included."""
         longest = self._config.longest
         columns = state.lengths[:, None] + torch.arange(1 - longest, 1, device=state.lengths.device)
         latest = state.tokens.gather(1, columns.clamp_min(0))
-        facts = torch.stack([state.lengths, (state.room - 1) * state.active, state.active.long()], 1)
-        for *tokens, length, room, active in torch.cat([latest, facts], 1).tolist():
-            yield tokens[max(0, longest - 1 - length) :], room, bool(active)
+        for tokens, row in zip(latest.tolist(), state.rows, strict=True):
+            yield tokens[max(0, longest - 1 - row.length) :]
 
     def _find(self, context: list[int], room: int) -> Trie:
         config, suffixes = self._config, self._datastore.suffixes

@@ -6,7 +6,7 @@ has left bounds its draft.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -86,6 +86,11 @@ class Kangaroo:
         """Feed the adapter what it has not seen, and the stopping rule what became of the draft."""
         self._chain.observe(state, committed)
         self._stopping.observe(state, committed)
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What waits for the adapter, and what the stopping rule has learnt, stays with its row."""
+        self.model.arrange(rows)
+        self._stopping.arrange(rows)
 
     def draft(self, state: State) -> Draft:
         """One token per step until every row stops, has no room, or has drafted `max_draft`."""

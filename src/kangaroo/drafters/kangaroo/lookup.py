@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kangaroo.drafters.chain import Chain, Threshold
-from kangaroo.drafters.copying.arrivals import arrivals, copy_chain
+from kangaroo.drafters.copying.arrivals import arrivals, copy_chain, rearranged
 from kangaroo.drafters.copying.ngrams import NgramIndex, check_lengths
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.chain import ChainConfig
@@ -116,6 +116,11 @@ class KangarooLookup:
             if not arrived.prompt and arrived.tokens:
                 drafted = committed.drafted[arrived.row]
                 self._odds[arrived.row].learn(self._matches[arrived.row], drafted, len(arrived.tokens))
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What is known of a row stays with it."""
+        self._chain.model.arrange(rows)
+        self._odds, self._texts = rearranged(self._odds, rows), rearranged(self._texts, rows)
 
     def draft(self, state: State) -> Draft:
         """Copies where they promise more, drafts of the adapter elsewhere."""

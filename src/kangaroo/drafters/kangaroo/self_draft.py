@@ -12,7 +12,7 @@ from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.settings import Settings, need_path
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.passes import count_weights
-from kangaroo.state import Committed, State
+from kangaroo.state import Committed, State, arranged
 from kangaroo.tree import Draft, Placement, place_at
 
 
@@ -86,6 +86,12 @@ class SelfDraft:
         positions = positions.clone()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
         self._unseen = states, positions
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What waits for the adapter stays with its row; for a new row that is its first token, which will come."""
+        if self._unseen is not None:
+            states, positions = self._unseen
+            self._unseen = arranged(states, rows), arranged(positions, rows)
 
 
 ADAPTER_SETTINGS = ("adapter", "allow_other_target")

@@ -88,6 +88,10 @@ class CostAware:
             if emitted:
                 row.learn(len(emitted), drafted, self._costs.round(drafted))
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What is known of a row stays with it."""
+        self._rows = [self._rows[old] if old >= 0 else _Row() for old in rows]
+
     def _known(self, state: State) -> "list[_Row]":
         if not self._rows:
             self._rows = [_Row() for _ in range(state.batch)]

@@ -5,7 +5,7 @@ product of their probabilities from the root, the best K become the next level, 
 below eta. A closed node stays in the draft, as the chain's unsure token does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,14 @@ class KangarooTree:
         """Feed the adapter what it has not seen."""
         self.model.observe(state, committed, self._steps)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """What waits for the adapter stays with its row."""
+        self.model.arrange(rows)
+
     def draft(self, state: State) -> Draft:
         """Grow level by level while some branch is open and some row has room."""
-        most = max(row.room * row.active for row in state.rows) - 1
-        levels = max(0, min(self._config.max_draft, most))
+        levels = min(self._config.max_draft, max(state.draft_rooms))
+        rooms = torch.tensor(state.draft_rooms, device=state.room.device)
         root = state.pending
         sure = torch.ones_like(root, dtype=torch.float32) * state.active[:, None]
         tree = _Growing([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)], sure, [])
@@ -83,7 +87,7 @@ class KangarooTree:
             where = everything[tokens.shape[1] - tree.tokens[-1].shape[1] :]
             x = self.model.states(tree.tokens[-1], where, state)
             tree.hidden.append(x)
-            open_ = tree.valid[-1] & (tree.scores >= self._config.threshold) & (state.room > level + 1)[:, None]
+            open_ = tree.valid[-1] & (tree.scores >= self._config.threshold) & (rooms > level)[:, None]
             if level == levels or not (open_ & state.active[:, None]).any():
                 break
             self._grow(tree, self.model.logits(x, where, state), open_, state)

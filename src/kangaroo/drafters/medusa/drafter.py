@@ -6,7 +6,7 @@ sampling, and a tree that is chosen anew in every round, by the heads' probabili
 average accuracies. A prompt of a single token has no committed token: its first round drafts nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from kangaroo.drafters.medusa.heads import MedusaHeads
 from kangaroo.drafters.settings import Settings, configure, need_path
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
-from kangaroo.state import Committed, State
+from kangaroo.state import Committed, State, arranged
 from kangaroo.tree import Draft, Stop, chain, pick
 
 
@@ -72,6 +72,11 @@ class LastStates:
         self._states[rows] = torch.where(count[:, None] > 0, newest, self._states[rows])
         self.known[rows] |= count > 0
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        """A state stays with its row."""
+        if self._states is not None:
+            self._states, self.known = arranged(self._states, rows), arranged(self.known, rows)
+
     def normed(self) -> Tensor:
         """[B, 1, D] after the final norm."""
         assert self._states is not None, "drafting comes after the prompts"
@@ -86,7 +91,7 @@ class Medusa:
     def __init__(self, target: Target, heads: MedusaHeads, config: MedusaChainConfig):
         """Raises ConfigError for longer drafts than there are heads."""
         self.heads, self._last = heads, LastStates(target)
-        self.taps, self.observe = self._last.taps, self._last.observe
+        self.taps, self.observe, self.arrange = self._last.taps, self._last.observe, self._last.arrange
         self._limit = heads.config.heads if config.max_draft is None else config.max_draft
         self.nodes = self._limit + 1
         if self._limit > heads.config.heads:
@@ -108,7 +113,8 @@ class MedusaTree:
     def __init__(self, target: Target, heads: MedusaHeads, config: MedusaTreeConfig):
         """Raises ConfigError for trees that could only be chains."""
         self.heads, self._last, self._config = heads, LastStates(target), config
-        self.taps, self.observe, self.nodes = self._last.taps, self._last.observe, config.nodes
+        self.taps, self.observe, self.arrange = self._last.taps, self._last.observe, self._last.arrange
+        self.nodes = config.nodes
         if config.nodes < heads.config.heads + 2:
             raise ConfigError(
                 f"a tree over {heads.config.heads} heads needs at least {heads.config.heads + 2} nodes, got "
@@ -117,7 +123,8 @@ class MedusaTree:
 
     def draft(self, state: State) -> Draft:
         """The nodes with the highest products of probabilities, as deep as there is room."""
-        limits = (self.heads.config.heads * self._last.known).minimum(state.room - 1).clamp_min(0) * state.active
+        rooms = torch.tensor(state.draft_rooms, device=state.room.device)
+        limits = (self.heads.config.heads * self._last.known).minimum(rooms)
         depth = int(limits.max())
         tokens, parents = state.pending, torch.full_like(state.pending, -1)
         valid = torch.ones_like(tokens, dtype=torch.bool)
