@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,8 +91,8 @@ def make_app(service: Service, access: Access | None = None, *, drain: float = 0
         ("/metrics", routes.metrics),
     ):
         app.add_api_route(path, getter, methods=["GET"], response_model=None)
-    for path in browser.FILES:
-        app.add_route(path, routes.page, methods=["GET"], include_in_schema=False)
+    for path, file in browser.FILES.items():
+        app.add_route(path, routes.page(file), methods=["GET"], include_in_schema=False)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 
@@ -175,9 +175,13 @@ class _Routes:
         text = await asyncio.to_thread(generate_latest, self._metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    async def page(self, request: Request) -> Response:
-        """The page for browsers."""
-        return await browser.page(request.url.path)
+    def page(self, file: str) -> Callable[[Request], Awaitable[Response]]:
+        """Serves a file of the page for browsers."""
+
+        async def serve(_: Request) -> Response:
+            return browser.page(file)
+
+        return serve
 
     async def refuse(self, _: Request, error: Exception) -> Response:
         """A refusal as a response."""

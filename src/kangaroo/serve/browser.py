@@ -31,9 +31,9 @@ HEADERS = {
 }
 
 
-async def page(path: str) -> Response:
+def page(name: str) -> Response:
     """One of the page's files. Raises Refusal where they have not been installed."""
-    file = FOLDER / FILES[path]
+    file = FOLDER / name
     if not file.is_file():
         raise Refusal(404, "there is no page here: see /v1/models and /health")
     return FileResponse(file, headers=HEADERS)

@@ -181,14 +181,15 @@ class Answer {
     this.rate = seconds > 0.05 ? (this.tokens - this.early) / seconds : 0;
     this.rounds = rounds;
     const rows = [
-      ["tokens/s", this.rate ? this.rate.toFixed(1) : "–"],
-      ["tokens per round", (this.tokens / rounds).toFixed(2)],
-      ["of the text drafted", percent(this.drafted / this.tokens)],
-      ["of drafts accepted", drafted ? percent(accepted / drafted) : this.statistics ? "–" : "…"],
-      ["tokens", String(this.tokens)],
+      ["tokens/s", this.rate ? this.rate.toFixed(1) : "–", "As they arrive here, from the first round on"],
+      ["tokens/round", (this.tokens / rounds).toFixed(2), "Tokens for each pass of the whole model"],
+      ["drafted", percent(this.drafted / this.tokens), "Tokens of this text that were drafted"],
+      ["accepted", drafted ? percent(accepted / drafted) : this.statistics ? "–" : "…", "Drafted tokens that were kept"],
+      ["tokens", String(this.tokens), "Tokens of this text"],
     ];
-    this.facts.replaceChildren(...rows.map(([name, value]) => {
+    this.facts.replaceChildren(...rows.map(([name, value, meaning]) => {
       const row = element("div");
+      row.title = meaning;
       row.append(element("dt", "", name), element("dd", "", value));
       return row;
     }), this.histogram());
@@ -199,16 +200,17 @@ class Answer {
   histogram() {
     const counts = this.statistics?.histogram ?? Array.from(this.lengths, (count) => count ?? 0);
     const row = element("div", "rounds"), bars = element("dd", "bars"), most = Math.max(1, ...counts);
-    for (const count of counts) {
-      const bar = element("i");
-      bar.style.height = `${Math.max(6, (100 * count) / most)}%`;
-      bars.append(bar);
-    }
+    counts.forEach((count, index) => {
+      const column = element("span", "", ""), bar = element("i");
+      bar.style.height = `${Math.max(1, Math.round((20 * count) / most))}px`;
+      column.append(bar, String(index + 1));
+      bars.append(column);
+    });
     const told = counts.map((count, index) => `${count} of ${index + 1}`).join(", ");
-    bars.title = `Rounds by the tokens they brought: ${told}`;
+    row.title = `Rounds, by the tokens they brought: ${told}`;
     bars.setAttribute("role", "img");
-    bars.setAttribute("aria-label", bars.title);
-    row.append(bars, element("dt", "", `rounds of 1–${counts.length}`));
+    bars.setAttribute("aria-label", row.title);
+    row.append(element("dt", "", "rounds by tokens"), bars);
     return row;
   }
 
@@ -247,10 +249,9 @@ async function send() {
   grow();
   $("welcome").hidden = true;
   messages.push({ role: "user", content: text });
-  $("log").append(element("div", "asked", text));
   running = new AbortController();
   busy(true);
-  const answer = mode() === "compare" ? await compare() : await single();
+  const answer = mode() === "compare" ? await compare(text) : await single(text);
   if (answer.text && answer.finish !== "error") messages.push({ role: "assistant", content: answer.text });
   else giveBack(text);
   running = null;
@@ -264,10 +265,10 @@ function giveBack(text) {
   grow();
 }
 
-function begin(answers, className) {
+function begin(text, answers, className) {
   const turn = element("section", className), row = element("div", "answers");
   row.append(...answers.map((answer) => answer.box));
-  turn.append(row);
+  turn.append(element("div", "asked", text), row);
   $("log").append(turn);
   follow(true);
   return turn;
@@ -277,16 +278,16 @@ function seed() {
   return settings.seed ?? Math.floor(Math.random() * 2 ** 31);
 }
 
-async function single() {
+async function single(text) {
   const answer = new Answer("");
-  begin([answer], "turn");
+  begin(text, [answer], "turn");
   await answer.read(body(settings.draft, seed()), running.signal);
   return answer;
 }
 
-async function compare() {
+async function compare(text) {
   const plain = new Answer("Plain"), ours = new Answer(`Kangaroo · ${drafter.split(",")[0]}`), own = seed();
-  const turn = begin([plain, ours], "turn pair"), signal = running.signal;
+  const turn = begin(text, [plain, ours], "turn pair"), signal = running.signal;
   if (settings.turns === "turns") {
     await plain.read(body(false, own), signal);
     await ours.read(body(true, own), signal);
@@ -438,7 +439,11 @@ $("open-settings").addEventListener("click", () => openSettings());
 $("settings").addEventListener("input", take);
 $("marks").addEventListener("input", take);
 $("settings").addEventListener("click", (event) => {
-  if (event.target === $("settings") || event.target.closest("[data-close]")) $("settings").close();
+  if (event.target === $("settings")) $("settings").close(); // beside it
+});
+document.querySelector("#settings form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("settings").close();
 });
 $("key").addEventListener("change", connect);
 $("defaults").addEventListener("click", () => {
