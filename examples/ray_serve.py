@@ -1,9 +1,9 @@
-"""Replicas of the server behind one address, by Ray Serve: `pip install 'ray[serve]'`, `serve run examples.ray_serve:app`."""
+"""Replicas of the server behind one address: `pip install 'ray[serve]'`, then `serve run examples.ray_serve:app`."""
 
-import kangaroo
 from fastapi import FastAPI
 from ray import serve
 
+import kangaroo
 from kangaroo.serve.app import make_app
 from kangaroo.serve.service import Service
 
@@ -19,4 +19,4 @@ class Replica:
     """Everything is in the application."""
 
 
-app = Replica.bind()
+app = Replica.bind()  # type: ignore[attr-defined]

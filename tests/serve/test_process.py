@@ -104,13 +104,3 @@ def test_a_server_that_still_loads_ends_at_once(folder: Path) -> None:
         child.wait(10)
         assert "Traceback" not in child.communicate()[1]
     assert url
-
-
-def test_a_port_in_use_is_one_line(folder: Path) -> None:
-    with process(folder, loaded=False) as (_, url):
-        port = url.rpartition(":")[2]
-        command = [sys.executable, "-c", "import kangaroo_command; kangaroo_command.main()", "serve", "--port", port]
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert second.returncode == 2
-    assert second.stderr.startswith(f"error: cannot listen on 127.0.0.1 port {port}")
-    assert second.stderr.count("\n") == 1

@@ -19,6 +19,7 @@ VERBS = {
     "bench": "Measure methods side by side on a benchmark's questions. The same command goes on after an interruption.",
     "report": "Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds.",
     "serve": "Answer requests of OpenAI's clients: chat, completions, streams. Ctrl-C ends it in good order.",
+    "loadtest": "Ask a running server much at once, with speculation and without: speed, and are texts the same?",
     "datastore": "Text for the rest drafter to copy from.",
 }
 """A verb is the function of its name in the module of its name; here is the first line of its help."""

@@ -62,13 +62,13 @@ def serve(
 
     service = Service(load, name)
     address = address_of(listening)
-    notes.print(f"listening on {address}; loading {options.model}", highlight=False)
+    notes.print(f"listening on {address}; loading {options.model}", soft_wrap=True)
     run(
         make_app(service, access, drain=drain),
         service,
         listening,
         drain,
-        ready=lambda: notes.print(f"ready: {name} with {service.engine.decoder.drafter}", highlight=False),
+        ready=lambda: notes.print(f"ready: {name} with {service.engine.decoder.drafter}", soft_wrap=True),
         access_log=access_log,
     )
 

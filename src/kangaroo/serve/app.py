@@ -310,8 +310,7 @@ class _Running:
             self._metrics.finished.labels(piece.finish_reason).inc()
 
     def _finish(self) -> None:
-        if any(ticket.completion is None for ticket in self._answers.tickets):
-            raise Refusal(503, "the server is shutting down: the answer was broken off", code="draining")
+        assert all(ticket.completion for ticket in self._answers.tickets), "only this request cancels its tickets"
         self._clock.end()
 
     def _usage(self) -> dict[str, Any]:

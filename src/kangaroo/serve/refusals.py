@@ -52,4 +52,6 @@ def refused(error: KangarooError, fields: Mapping[str, Any]) -> Refusal:
 
 def failed(error: KangarooError) -> Refusal:
     """An error that came while an answer was being written."""
-    return Refusal(503 if isinstance(error, CapacityError | EngineClosed) else 400, str(error))
+    if isinstance(error, EngineClosed):
+        return Refusal(503, "the server is shutting down: the answer was broken off", code="draining")
+    return Refusal(503 if isinstance(error, CapacityError) else 400, str(error))
