@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -71,7 +70,7 @@ def test_choices_expressions_and_text(live: Live) -> None:
         ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs", "look-ahead"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "one of"),
         ({"structured_outputs": {"regex": "a"}, "response_format": FORMAT}, "structured_outputs", "both"),
-        ({"response_format": "json"}, "response_format", "dict"),
+        ({"response_format": "json"}, "response_format", "object"),
         ({"guided_json": SCHEMA}, "guided_json", "not supported"),
     ],
 )

@@ -286,7 +286,7 @@ async function single(text) {
 }
 
 async function compare(text) {
-  const plain = new Answer("Plain"), ours = new Answer(`Kangaroo · ${drafter.split(",")[0]}`), own = seed();
+  const plain = new Answer("Plain"), ours = new Answer(`Drafted by ${drafter.split(",")[0]}`), own = seed();
   const turn = begin(text, [plain, ours], "turn pair"), signal = running.signal;
   if (settings.turns === "turns") {
     await plain.read(body(false, own), signal);
