@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ModelError,
         QueueFull,
     )
+    from kangaroo.grammar import Grammar
     from kangaroo.hf import custom_generate
     from kangaroo.logprobs import Logprobs, TokenLogprobs
     from kangaroo.model import Target
@@ -67,6 +68,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineStatus",
+    "Grammar",
     "KVCache",
     "KangarooError",
     "KangarooLookupConfig",
@@ -126,6 +128,7 @@ _PLACES = {
         "ModelError",
         "QueueFull",
     ),
+    "grammar": ("Grammar",),
     "hf": ("custom_generate",),
     "logprobs": ("Logprobs", "TokenLogprobs"),
     "model": ("Target",),

@@ -17,6 +17,8 @@ from kangaroo.drafters import FILES, OF_ONE_TARGET, DrafterChoice, MakeDrafter, 
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.engine import Engine
 from kangaroo.errors import ConfigError, DataError
+from kangaroo.forced import forcing
+from kangaroo.grammar import Grammar
 from kangaroo.loading import end_tokens, load_model, load_tokenizer
 from kangaroo.logprobs import Logprobs
 from kangaroo.model import Target
@@ -84,6 +86,17 @@ class Decoder:
     def plain(self) -> "Decoder":
         """The same target without drafting: the baseline, on the same weights and kernels."""
         return self.with_drafter("none")
+
+    def grammar(
+        self,
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        lark: str | None = None,
+    ) -> Grammar:
+        """What answers are to follow, one of the four; give it as `processor`. Raises ConfigError or ModelError."""
+        return Grammar(self.tokenizer, self.eos, json_schema=json_schema, regex=regex, choice=choice, lark=lark)
 
     def generate(
         self,
@@ -161,7 +174,9 @@ class Decoder:
             raise DataError("there are no prompts")
         requests = [check_request(request, self.target, self.eos) for request in arguments.requests(tokens)]
         texts = arguments.texts(self.tokenizer, len(requests))
-        return BatchStream(self.target, self.make_drafter, requests, texts, self.eos, rows)
+        ruled = any(isinstance(request.processor, Grammar) for request in requests)
+        make_drafter = forcing(self.make_drafter, self.target) if ruled else self.make_drafter
+        return BatchStream(self.target, make_drafter, requests, texts, self.eos, rows)
 
     def stream(
         self,

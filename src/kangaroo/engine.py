@@ -13,6 +13,7 @@ from kangaroo.constraints import Processor
 from kangaroo.decode import check_request
 from kangaroo.drafters.base import Drafter
 from kangaroo.errors import CapacityError, ConfigError
+from kangaroo.forced import forcing
 from kangaroo.logprobs import Logprobs
 from kangaroo.machine import available_bytes
 from kangaroo.model import Target
@@ -60,9 +61,10 @@ class Engine:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         self.decoder, self._encoding = decoder, threading.Lock()
         target = decoder.target
-        self.capacity = _capacity(target, decoder.make_drafter(), rows, capacity)
+        make_drafter = forcing(decoder.make_drafter, target)
+        self.capacity = _capacity(target, make_drafter(), rows, capacity)
         limits = Limits(rows, self.capacity, prefix_tokens)
-        scheduler = Scheduler(target, decoder.make_drafter, decoder.eos, limits, weigh=True)
+        scheduler = Scheduler(target, make_drafter, decoder.eos, limits, weigh=True)
         self._worker = Worker(scheduler, queue)
         weakref.finalize(self, self._worker.close, 0.0)
 

@@ -65,6 +65,7 @@ class ScriptedEngine:
             tokenizer=SimpleNamespace(backend=None),
             target=SimpleNamespace(fingerprint="a-b-c"),
             drafter="scripted",
+            eos=(0,),
         )
         self.closed = False
 

@@ -36,6 +36,9 @@ def generate(
     samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
     min_tokens: Annotated[int, typer.Option(help="New tokens at least, whatever would end the answer.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on past the model's own end.")] = False,
+    json_schema: Annotated[Path | None, typer.Option(help="A file with a JSON schema that answers follow.")] = None,
+    regex: Annotated[str | None, typer.Option(help="A regular expression that answers match.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="One of these is the answer; repeated.")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text: one prompt, a file of prompts as a batch, or an interactive chat."""
@@ -57,7 +60,9 @@ def generate(
     )
     asked: dict[str, Any] = {"sampling": sampling, "max_tokens": max_tokens, "min_tokens": min_tokens}
     asked |= {"stop": stop or (), "ignore_eos": ignore_eos}
+    rules = given_rules(json_schema, regex, choice)
     decoder = options.open(drafter)
+    asked |= {"processor": decoder.grammar(**rules)} if rules else {}
     as_prompt = str if raw or not decoder.tokenizer.has_chat_template else as_message
     if prompt is None and prompts is None:
         chat(decoder, asked)
@@ -67,6 +72,18 @@ def generate(
         lines = read_lines(prompts) if prompts is not None else [prompt or ""]
         done = decoder.generate([as_prompt(line) for line in lines], n=samples, **asked)
         show([line for line in lines for _ in range(samples)], done, as_json=as_json)
+
+
+def given_rules(json_schema: Path | None, regex: str | None, choice: list[str] | None) -> dict[str, Any]:
+    """What answers are to follow, as Decoder.grammar takes it: at most one of the three."""
+    given: dict[str, Any] = {"json_schema": json_schema, "regex": regex, "choice": choice or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"an answer follows one grammar, got {names}: give one")
+    if json_schema is not None:
+        given["json_schema"] = read_text(json_schema, "JSON schema", ConfigError)
+    return given
 
 
 def show(prompts: list[str], done: list[Completion], *, as_json: bool) -> None:

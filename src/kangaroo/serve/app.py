@@ -4,10 +4,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,10 +16,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from kangaroo.completion import Piece
 from kangaroo.errors import KangarooError
+from kangaroo.serve import browser
 from kangaroo.serve.events import COMMENT, DONE, KEEP_ALIVE, STALLED, ClientGone, EventStream, merged, unless_gone
 from kangaroo.serve.guard import Guard
 from kangaroo.serve.metrics import Clock, Metrics
@@ -29,8 +29,6 @@ from kangaroo.serve.refusals import Refusal, failed
 from kangaroo.serve.replies import Reply, speculation, usage
 from kangaroo.serve.service import Answers, Service
 
-PAGE = Path(__file__).parent / "page" / "index.html"
-"""What a browser is shown, if it is there."""
 LARGEST_BODY = 4 << 20
 DISCARDED = 64 << 20
 """Bytes beyond the largest body that are read and dropped, so that the client hears why it was refused."""
@@ -93,7 +91,8 @@ def make_app(service: Service, access: Access | None = None, *, drain: float = 0
         ("/metrics", routes.metrics),
     ):
         app.add_api_route(path, getter, methods=["GET"], response_model=None)
-    app.add_api_route("/", routes.page, methods=["GET"], include_in_schema=False, response_model=None)
+    for path, file in browser.FILES.items():
+        app.add_route(path, routes.page(file), methods=["GET"], include_in_schema=False)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     return app
 
@@ -176,11 +175,13 @@ class _Routes:
         text = await asyncio.to_thread(generate_latest, self._metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    async def page(self) -> Response:
-        """The page for browsers."""
-        if not PAGE.is_file():
-            raise Refusal(404, "there is no page here: see /v1/models and /health")
-        return FileResponse(PAGE)
+    def page(self, file: str) -> Callable[[Request], Awaitable[Response]]:
+        """Serves a file of the page for browsers."""
+
+        async def serve(_: Request) -> Response:
+            return browser.page(file)
+
+        return serve
 
     async def refuse(self, _: Request, error: Exception) -> Response:
         """A refusal as a response."""

@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kangaroo.serve.browser import FILES
 from kangaroo.serve.refusals import Refusal
 
-OPEN = frozenset({"/health", "/"})
+OPEN = frozenset({"/health", *FILES})
 """Paths that need no key: whether the server lives, and the page, which asks for the key itself."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 

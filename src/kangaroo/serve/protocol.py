@@ -1,18 +1,20 @@
 """Requests as OpenAI's clients send them, checked: a field is honoured, refused by name, or unknown to OpenAI too."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kangaroo.checks import shown
-from kangaroo.errors import ConfigError
+from kangaroo.constraints import Processor
+from kangaroo.errors import ConfigError, KangarooError
+from kangaroo.grammar import grammar_from_response_format, grammar_from_structured_outputs
 from kangaroo.logprobs import Logprobs
 from kangaroo.sampling import Sampling
 from kangaroo.serve.refusals import Refusal, refused
-from kangaroo.text import Prompt
+from kangaroo.text import Prompt, Tokenizer
 
 MOST_CHOICES = 128
 """Answers that one request may ask for, over all its prompts."""
@@ -28,8 +30,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -115,6 +115,8 @@ class Asked(_Strict):
     stop: str | Texts | None = None
     stop_token_ids: Ids | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     speculation: Speculation | None = None
 
     @property
@@ -212,6 +214,19 @@ class Call:
     """New tokens at most; None for as many as there is room for."""
     arguments: dict[str, Any]
     """The other arguments of `Engine.submit`."""
+    format: Mapping[str, Any] | None = None
+    """What the answer is to look like, by OpenAI's field or by vLLM's."""
+    structured: Mapping[str, Any] | None = None
+
+    def processor(self, tokenizer: Tokenizer, ends: Sequence[int]) -> Processor | None:
+        """Holds the answer to it. Raises Refusal for a grammar that cannot be."""
+        name = "response_format" if self.structured is None else "structured_outputs"
+        try:
+            if self.structured is not None:
+                return grammar_from_structured_outputs(self.structured, tokenizer, ends)
+            return None if self.format is None else grammar_from_response_format(self.format, tokenizer, ends)
+        except KangarooError as error:
+            raise Refusal(400, str(error), name) from None
 
 
 Kind = TypeVar("Kind", bound=Asked)
@@ -254,7 +269,11 @@ def to_call(asked: Asked) -> Call:
         "logprobs": asked.candidates,
         "speculate": asked.wants.enabled,
     }
-    return Call(prompts, n, _sampling(asked), asked.limit, arguments)
+    plain = asked.response_format in (None, {"type": "text"})
+    if not plain and asked.structured_outputs is not None:
+        raise Refusal(400, "response_format and structured_outputs are both given: leave one out", "structured_outputs")
+    rules = (asked.response_format, asked.structured_outputs)
+    return Call(prompts, n, _sampling(asked), asked.limit, arguments, *rules)
 
 
 def _sampling(asked: Asked) -> Sampling:

@@ -120,6 +120,7 @@ def _submit(engine: Engine, call: Call) -> Answers:
                 f"the prompt has {len(prompt)} tokens, but the context holds {engine.capacity}",
                 code="context_length_exceeded",
             )
+    own = call.arguments | {"processor": call.processor(engine.decoder.tokenizer, engine.decoder.eos)}
     groups = spread([tuple(prompt) for prompt in prompts], [call.sampling] * len(prompts), call.n)
     with contextlib.ExitStack() as undo:
         undo.callback(cancel, tickets)
@@ -127,6 +128,6 @@ def _submit(engine: Engine, call: Call) -> Answers:
             room = engine.capacity - len(prompt)
             limit = room if call.limit is None else min(call.limit, room)
             for sampling in group:
-                tickets.append(engine.submit(prompt, sampling=sampling, max_tokens=limit, **call.arguments))
+                tickets.append(engine.submit(prompt, sampling=sampling, max_tokens=limit, **own))
         undo.pop_all()
     return Answers(tickets, [len(prompt) for prompt in prompts])
