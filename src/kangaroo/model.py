@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kangaroo.attention import OWN, steady
+from kangaroo.attention import OWN, make_steady
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.families import FAMILIES, FULL, ROTARY_IN_SLIDING_LAYERS_ONLY, SLIDING, context_limit, layer_kinds
@@ -68,6 +68,8 @@ class Target:
     def compute_by(self, way: Attention | None) -> None:
         """Have passes with a cache take their attention this way; None leaves it to the model."""
         self._way, self._head = way, self.model.lm_head
+        for layer in self.layers if way is not None else ():
+            make_steady(layer.self_attn)
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
 
     @property
@@ -118,7 +120,7 @@ class Target:
             return
         assert where.start is not None or not where.prompt, "prompts stand at the same positions in all rows"
         one = Pass(way, where.start if where.prompt else None, self._paths(where, way))
-        with steady(self.config, one):
+        with computing(one):
             yield
 
     def _paths(self, where: Placement, way: Attention) -> Tensor | None:

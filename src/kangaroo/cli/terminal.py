@@ -6,17 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Divergence
 from kangaroo.bench.compare import Line, PairedRun
+from kangaroo.cli.tables import print_facts, print_rows
 from kangaroo.completion import Completion, Stats
 from kangaroo.decoder import Decoder
 from kangaroo.machine import human_bytes
@@ -134,25 +134,16 @@ def show_comparison(facts: dict[str, Any]) -> None:
 def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exactness: Exactness) -> None:
     """What a check of one or more drafters found."""
     out.print(f"exactness: {exactness}")
-    table = Table(box=None)
-    for heading in (
-        "drafter",
-        "answers",
-        "tokens",
-        "other bits",
-        "rounds that accepted none",
-        "some",
-        "all",
-        "had no draft",
-        "",
-    ):
-        table.add_column(heading, justify="left" if heading in ("drafter", "") else "right")
+    rounds = ("rounds that accepted none", "some", "all", "had no draft")
+    rows = []
     for name, report in reports.items():
-        rounds = report.rounds
-        counts = (report.answers, report.tokens, report.bits, rounds.none, rounds.some, rounds.all, rounds.undrafted)
-        table.add_row(name, *map(str, counts), _verdict(report))
-    _print_table(table, left_out)
+        counts = (report.answers, report.tokens, report.bits, *astuple(report.rounds))
+        rows.append((name, _verdict(report), *map(str, counts)))
+    print_rows(out, ("drafter", "verdict", "answers", "tokens", "other bits", *rounds), rows, texts=["verdict"])
+    _print_left_out(left_out)
     for name, report in reports.items():
+        if report.problem is not None:
+            out.print(f"{name}: {_verdict(report)}: {report.problem}")
         for found in report.differences[:10]:
             out.print(f"{name}: {_difference_line(found)}")
     if all(report.problem is None for report in reports.values()):
@@ -164,7 +155,7 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
 def _verdict(report: CheckReport) -> str:
     if report.problem is None:
         return "lossless"
-    return f"FAILED: {report.problem}" if report.differences else f"inconclusive: {report.problem}"
+    return "FAILED" if report.differences else "inconclusive"
 
 
 def _difference_line(found: Divergence) -> str:
@@ -178,37 +169,25 @@ def _difference_line(found: Divergence) -> str:
 def show_lines(lines: Sequence[Line], left_out: dict[str, str], ties: Collection[str], exactness: Exactness) -> None:
     """Methods side by side; `ties` differ by rounding."""
     out.print(f"exactness: {exactness}")
-    table = Table(box=None)
-    figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
-    for heading in ("drafter", "text", *figures):
-        table.add_column(heading, justify="left" if heading in ("drafter", "text") else "right")
+    rows = []
     for line in lines:
+        text = "identical" if line.identical else "a tie" if line.method in ties else "DIFFERS"
+        speeds = (f"{line.tokens_per_second:.1f}", f"{line.speedup:.2f}", f"{line.compression_rate:.2f}")
         shares = (f"{part / line.seconds:.0%}" for part in (line.prefill, line.draft, line.verify, line.rest))
-        table.add_row(
-            line.method,
-            "identical" if line.identical else "a tie" if line.method in ties else "DIFFERS",
-            f"{line.tokens_per_second:.1f}",
-            f"{line.speedup:.2f}",
-            f"{line.compression_rate:.2f}",
-            str(line.drafted),
-            str(line.accepted),
-            *shares,
-        )
-    _print_table(table, left_out)
+        rows.append((line.method, text, *speeds, str(line.drafted), str(line.accepted), *shares))
+    figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
+    print_rows(out, ("drafter", "text", *figures), rows, texts=["text"])
+    _print_left_out(left_out)
 
 
-def _print_table(table: Table, left_out: dict[str, str]) -> None:
-    out.print(table)
+def _print_left_out(left_out: dict[str, str]) -> None:
     for name, reason in left_out.items():
         out.print(f"left out: {name} ({reason})", style="dim")
 
 
 def show_table(facts: dict[str, Any]) -> None:
     """Names and values."""
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _readable(value))
-    out.print(table)
+    print_facts(out, {name.replace("_", " "): _readable(value) for name, value in facts.items()})
 
 
 def _readable(value: Any) -> str:
