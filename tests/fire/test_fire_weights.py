@@ -85,6 +85,8 @@ def test_a_threshold_of_one_is_not_damage(folder: Path) -> None:
         {"after_right": "0.5"},
         {"after_right": True},
         {"confidence": [0.1, 2.0]},
+        {"confidence": [0.1, 10**400]},
+        {"after_right": math.nan},
         {"confidence": [0.5, 0.1]},
         {"confidence": ["0.1", "0.2"]},
         {"right": [0.9, 0.1]},
@@ -210,6 +212,13 @@ def test_weights_that_lack_a_tensor_are_not_made_up(copy: Path, refused: Refused
 def test_a_config_that_contradicts_its_weights(values: dict[str, Any], copy: Path, refused: Refused) -> None:
     path = copy / "target" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
+
+
+@pytest.mark.parametrize("end", [2**63, -1, [5, 2**31], "x", 1.5, True])
+def test_ends_that_are_no_tokens(end: Any, copy: Path, refused: Refused) -> None:
+    path = copy / "target" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": end}))
     refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
 
 
