@@ -11,7 +11,7 @@ from kangaroo.checks import LARGEST, shown
 from kangaroo.demo.smollm2 import smollm2
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.gguf_file import is_gguf, load_gguf_model, load_gguf_tokenizer
-from kangaroo.model_files import check_size, first_line, quietly, reading_model
+from kangaroo.model_files import check_size, first_line, reading_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -27,10 +27,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None, *, trust_remot
 
 
 def _find(name: str | Path) -> str | Path:
-    if str(name) != demo.NAME:
-        return name
-    with quietly():
-        return smollm2()
+    return smollm2() if str(name) == demo.NAME else name
 
 
 def load_config(name: str | Path) -> Any:

