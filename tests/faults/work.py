@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import modeling_gguf_pytorch_utils
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "training"), str(HERE.parent / "bench")]
@@ -184,6 +185,7 @@ def _converting(base: Path, chat: Path) -> Work:
     """What the demo's model goes through, with a little model in the package's place."""
     source = write_gguf(base / "package.gguf", chat / "target")
     smollm2.find_package_file = lambda: source  # type: ignore[assignment]
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
 
     def whole(folder: Path) -> None:
         if (folder / smollm2.NAME).exists():

@@ -21,12 +21,12 @@ def print_rows(
     for row in rows:
         table.add_row(*row)
     if Measurement.get(console, console.options.update_width(_WIDEST), table).maximum <= console.width:
-        console.print(table)
+        console.print(table, soft_wrap=False)
         return
     for name, *cells in rows:
         console.print(Text(name, style="bold"))
         pairs = (f"{heading} {cell}" for heading, cell in zip(headings[1:], cells, strict=True))
-        console.print(Padding(Text(", ".join(pairs)), (0, 0, 0, 2)))
+        console.print(Padding(Text(", ".join(pairs)), (0, 0, 0, 2)), soft_wrap=False)
 
 
 def print_facts(console: Console, facts: Mapping[str, str]) -> None:
@@ -36,4 +36,4 @@ def print_facts(console: Console, facts: Mapping[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         table.add_row(name, value)
-    console.print(table)
+    console.print(table, soft_wrap=False)
