@@ -16,6 +16,7 @@ from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Divergence
 from kangaroo.bench.compare import Line, PairedRun
+from kangaroo.checks import counted
 from kangaroo.cli.tables import print_facts, print_rows
 from kangaroo.completion import Completion, Stats
 from kangaroo.decoder import Decoder
@@ -59,7 +60,7 @@ def stream_answer(stream: AnswerStream) -> str:
         out.print(Text(printable(piece.text), style="green underline" if piece.drafted else ""), end="")
     out.print()
     stats = stream.stats
-    tokens = f"{stats.emitted} token{'' if stats.emitted == 1 else 's'}"
+    tokens = counted(stats.emitted, "token")
     drafted = f"{stats.accepted} of {tokens} drafted" if stats.accepted else tokens
     notes.print(
         f"{drafted}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim"
@@ -123,7 +124,7 @@ def show_comparison(facts: dict[str, Any]) -> None:
     if facts["differing"]:
         verdict = f"{facts['differing']} differ, {facts['ties']} of them by a tie in rounding; see `kangaroo check`"
     setting = f"{facts['dtype']}, threads: {facts['threads']}, temperature {facts['temperature']:g}"
-    out.print(f"{facts['prompts']} held-out prompts, {facts['tokens']} tokens, {setting}")
+    out.print(f"{counted(facts['prompts'], 'held-out prompt')}, {counted(facts['tokens'], 'token')}, {setting}")
     out.print(f"  plain decoding  {facts['baseline_tokens_per_second']:7.1f} tokens/s")
     out.print(f"  Kangaroo        {facts['tokens_per_second']:7.1f} tokens/s, {facts['cr']:.2f} tokens per round")
     out.print(f"  speed-up        {facts['speedup']:7.2f} times")
@@ -148,7 +149,7 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
             out.print(f"{name}: {_difference_line(found)}")
     if all(report.problem is None for report in reports.values()):
         texts = [found for report in reports.values() for found in report.differences]
-        same = "every token is the same" if not texts else f"{len(texts)} answers part at a tie in rounding"
+        same = "every token is the same" if not texts else f"texts that part at a tie in rounding: {len(texts)}"
         out.print(f"lossless: {same}" + (", to the last bit of its logits" if exactness.level == "bitwise" else ""))
 
 
