@@ -110,9 +110,7 @@ def _for_each(given: Any, fits: Callable[[object], bool], name: str, prompts: in
     if not isinstance(given, Sequence) or not all(fits(each) for each in given):
         raise ConfigError(f"{name} must be one for all prompts or a list of one for each, got {shown(given)}")
     if len(given) != prompts:
-        raise ConfigError(
-            f"{name} has {len(given)} entries for {counted(prompts, 'prompt')}; give one, or one for each"
-        )
+        raise ConfigError(f"{name} has {len(given)} entries for {counted(prompts, 'prompt')}; give one, or as many")
     return list(given)
 
 

@@ -70,7 +70,7 @@ def test_too_short_or_nothing_to_go_by(make_lesson: MakeLesson, target_folder: P
     with pytest.raises(DataError, match="no data file"):
         run(data=tmp_path / "nothing.jsonl")
     asked = [{"messages": [{"role": "user", "content": f"What does Ada eat on day {day}?"}]} for day in range(20)]
-    with pytest.raises(DataError, match="token to learn from .* what the assistant answers"):
+    with pytest.raises(DataError, match=r"token to learn from .* what the assistant answers"):
         run(data=write_rows(tmp_path / "asked.jsonl", asked))
     with pytest.raises(ConfigError, match=r"did you mean 'exit_layer'"):
         run(**{"adapter.exit_layers": 2})
