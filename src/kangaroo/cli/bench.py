@@ -74,13 +74,11 @@ def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:
     verdict = (
         f"{len(found)} differ from plain decoding's, {ties} of them by a tie in rounding; kangaroo report has them"
     )
-    out.print(
-        f"{counted(compared, 'answer')}, {verdict if found else 'all of them those of plain decoding, token for token'}"
-    )
+    same = "all of them those of plain decoding, token for token"
+    out.print(f"{counted(compared, 'answer')}, {verdict if found else same}")
     if drawn:
-        out.print(
-            f"{counted(len(records) - compared, 'answer')} with texts of their own, by rejection: {', '.join(sorted(drawn))}"
-        )
+        others = counted(len(records) - compared, "answer")
+        out.print(f"{others} with texts of their own, by rejection: {', '.join(sorted(drawn))}")
     levels = sorted({record.exactness for record in records if record.exactness})
     if levels:
         out.print(f"exactness: {', '.join(levels)}")
