@@ -138,7 +138,7 @@ def main() -> int:
     """All of it, or less."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="Over all kinds of work together.")
-    parser.add_argument("--flips", type=int, default=30, help="In each file.")
+    parser.add_argument("--flips", type=int, default=20, help="In each file.")
     parser.add_argument("--only", action="append")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
