@@ -135,13 +135,16 @@ def test_a_full_disk_is_told_from_a_place_that_cannot_be(tmp_path: Path, monkeyp
     assert (tmp_path / "x").read_text() == "old"
 
 
+SHORT = ("--drafter", "none", "--prompt", "x", "--max-tokens", "2", "--no-exact", "--threads", "1")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize(
-    "arguments", [["info", "--drafter", "none"], ["info", "--drafter", "none", "--json"], ["--help"]]
+    "arguments", [["generate", *SHORT], ["generate", *SHORT, "--json"], ["--help"]], ids=["text", "json", "help"]
 )
 def test_output_to_a_full_disk(arguments: list[str], model: str) -> None:
     command = [sys.executable, "-c", "from kangaroo_command import main; main()", *arguments]
-    command += ["--model", model] if arguments[0] == "info" else []
+    command += ["--model", model] if arguments[0] == "generate" else []
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
