@@ -11,7 +11,7 @@ import kangaroo
 ROOT = Path(kangaroo.__file__).parent
 
 ORDER = """
-    errors checks inputs files toml cgroup machine chat documents
+    errors checks inputs files sealed toml cgroup machine chat documents
     tree cache sampling constraints logprobs state
     fingerprint norms families passes linears attention fused window rotary
     verdicts parts trial settle model tensors weights model_files demo demo.smollm2 gguf_file loading threads

@@ -73,13 +73,11 @@ def test_a_query_costs_the_same_however_long_the_text_is() -> None:
     def seconds(size: int) -> float:
         index = NgramIndex(1, 3, "latest")
         index.extend([(i * i) % 997 for i in range(size)])
-        times = []
-        for i in range(400):
-            began = time.perf_counter()
+        began = time.thread_time()  # of this thread alone: others use the machine
+        for i in range(2000):
             index.extend([i % 997])
             index.continuation(i % 991, 10)
-            times.append(time.perf_counter() - began)
-        return sorted(times)[200]
+        return time.thread_time() - began
 
     assert seconds(30_000) < 4 * seconds(1_000)  # a scan would take thirty times as long
 

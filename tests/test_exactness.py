@@ -1,7 +1,9 @@
 """The same bits in any pass: how it is brought about, how it is found out, and what is said where it is not so."""
 
+import contextlib
 import copy
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 import kangaroo.settle
 import kangaroo.trial
 from chat_model import save_chat_model
-from kangaroo.attention import NAME, attend, steady, ways
+from kangaroo.attention import NAME, attend, config_of, make_steady, ways
 from kangaroo.bench.bits import digest
 from kangaroo.bench.check import CheckReport, check, expect, find_divergence, tie_bound
 from kangaroo.decoder import Decoder, load
@@ -319,15 +321,23 @@ def test_a_family_that_does_not_use_the_interface_is_refused_by_name(monkeypatch
     assert Target(model, exact=False).exactness.level == "ties"
 
 
-def test_the_models_attention_comes_back_after_an_error() -> None:
-    config = build("llama").config
-    seen = []
-    with pytest.raises(ZeroDivisionError), steady(config, Pass(ways("sdpa")[0])):
-        seen += [config._attn_implementation, 1 // 0]
-    assert seen == []
-    with steady(config, Pass(ways("sdpa")[0])):
-        assert config._attn_implementation == NAME
-    assert config._attn_implementation == "sdpa"
+def test_attention_is_taken_from_here_within_passes_only_and_by_no_other_thread() -> None:
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    make_steady(attention)
+    make_steady(attention)
+    one, others = Pass(ways("sdpa")[0]), list[str]()
+    with computing(one):
+        assert attention.config._attn_implementation == NAME
+        thread = threading.Thread(target=lambda: others.append(attention.config._attn_implementation))
+        thread.start()
+        thread.join()
+    with contextlib.suppress(ZeroDivisionError), computing(one):
+        others.append(attention.config._attn_implementation * (1 // 0))
+    assert [attention.config._attn_implementation, *others] == ["sdpa", "sdpa"]
+    assert config_of(attention) is model.config
+    copied = copy.deepcopy(model)
+    assert config_of(copied.model.layers[0].self_attn) is copied.config
 
 
 # --- the trial and its verdicts

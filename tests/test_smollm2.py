@@ -1,5 +1,6 @@
 """The real model's way from its package into the cache folder; the package itself is not needed here."""
 
+import hashlib
 import threading
 from importlib.metadata import PackageNotFoundError, PackagePath
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 
 from kangaroo.demo import smollm2 as module
-from kangaroo.demo.smollm2 import NAME, smollm2
+from kangaroo.demo.smollm2 import DIGESTS, NAME, smollm2
 from kangaroo.errors import CapacityError, ModelError
+from kangaroo.sealed import write_sealed
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_what_a_killed_run_left_is_replaced(package: Path, tmp_path: Path, monke
     monkeypatch.setattr(module, "AutoModelForCausalLM", Made)
     monkeypatch.setattr(module, "AutoTokenizer", Made)
     monkeypatch.setattr(module, "GgufConfig", lambda **_: None)
-    assert list(smollm2(cache).iterdir()) == []
+    assert [file.name for file in smollm2(cache).iterdir()] == [DIGESTS]
     assert not left.exists()
 
 
@@ -120,6 +122,29 @@ def test_a_disk_that_is_full(package: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CapacityError, match="No space left"):
         smollm2(tmp_path / "cache")
     assert not (tmp_path / "cache" / NAME).exists()
+
+
+@pytest.mark.parametrize("damage", ["a bit", "gone", "digests"])
+def test_damage_to_what_was_converted_is_found(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / NAME
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"weights")
+    write_sealed(folder / DIGESTS, {"weights": hashlib.sha256(b"weights").hexdigest()})
+    assert smollm2(tmp_path) == folder
+    module._check.cache_clear()  # as in another process
+    if damage == "a bit":
+        (folder / "weights").write_bytes(b"weighus")
+    elif damage == "gone":
+        (folder / "weights").unlink()
+    else:
+        (folder / DIGESTS).write_text((folder / DIGESTS).read_text().replace("a", "b"))
+    with pytest.raises(ModelError, match="damaged"):
+        smollm2(tmp_path)
+
+
+def test_a_cache_from_before_there_were_digests(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    assert smollm2(tmp_path) == tmp_path / NAME
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

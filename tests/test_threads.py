@@ -68,5 +68,7 @@ def test_threads_stay_as_they_are_unless_asked(tmp_path: Path) -> None:
     assert torch.get_num_threads() in (1, 2, 4, 6)
     found = [json.loads(file.read_text())["found"] for file in (tmp_path / "trials").glob("*.json")]
     assert any(name.startswith("threads llama") for table in found for name in table)
-    with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"threads must be in 1\.\.1024, got 0"):
         load(TARGET, drafter="none", threads=0)
+    with pytest.raises(ConfigError, match="threads must be a whole number, got 'all'"):
+        load(TARGET, drafter="none", threads="all")  # type: ignore[arg-type]

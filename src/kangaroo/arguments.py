@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kangaroo.checks import need_type, need_whole, shown
+from kangaroo.checks import counted, need_type, need_whole, shown
 from kangaroo.constraints import Processor
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.logprobs import Logprobs
@@ -114,7 +114,7 @@ def _for_each(given: Any, fits: Callable[[object], bool], name: str, prompts: in
     if not isinstance(given, Sequence) or not all(fits(each) for each in given):
         raise ConfigError(f"{name} must be one for all prompts or a list of one for each, got {shown(given)}")
     if len(given) != prompts:
-        raise ConfigError(f"{name} has {len(given)} entries for {prompts} prompts; give one, or one for each")
+        raise ConfigError(f"{name} has {len(given)} entries for {counted(prompts, 'prompt')}; give one, or as many")
     return list(given)
 
 

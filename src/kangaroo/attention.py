@@ -1,14 +1,11 @@
 """Attention that gives a query the same bits in any company, through transformers' public interface for it.
 
 What a query gets from an attention kernel depends on how many queries are computed with it, and on how many masked
-slots follow those it can see. So within `steady` queries go in calls of one fixed width, each with a mask of its own,
+slots follow those it can see. So within a `Pass` queries go in calls of one fixed width, each with a mask of its own,
 and look at whole blocks of slots. Prompts go in blocks of 64 queries that begin at multiples of 64, whatever piece of a
-prompt a pass holds. Outside of `steady` a model's attention is its own.
+prompt a pass holds. Outside of passes, and in other threads meanwhile, a model's attention is its own.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from kangaroo.errors import ModelError
-from kangaroo.passes import PROMPT_ROWS, Attention, Pass, computing, current
+from kangaroo.passes import PROMPT_ROWS, Attention, Pass, current
 
 NAME = "kangaroo"
 OWN = ("sdpa", "eager")
@@ -25,21 +22,36 @@ OWN = ("sdpa", "eager")
 _HONOURED = {"scaling", "softcap", "s_aux", "position_ids", "sliding_window", "is_causal", "use_cache"}
 """What a family may hand to its attention beyond the common arguments. Windows are in the mask already."""
 
-_ONE_AT_A_TIME = threading.RLock()
-"""Threads may share a model, and a model's configuration says what its attention is."""
+
+class SteadyConfig:
+    """A model's configuration as its attention modules see it: within a pass, the implementation is ours.
+
+    What a thread computes is known to that thread alone, so nothing is switched for others that use the same model.
+    """
+
+    def __init__(self, plain: Any):
+        self.plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "plain":  # while it is being copied, there is none yet
+            raise AttributeError(name)
+        return getattr(self.plain, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return NAME if current() is not None else str(self.plain._attn_implementation)
 
 
-@contextmanager
-def steady(config: Any, one: Pass) -> Iterator[None]:
-    """Compute what is inside as one pass; layers that share this configuration take their attention from here."""
-    with _ONE_AT_A_TIME:
-        plain = config._attn_implementation
-        config._attn_implementation = NAME
-        try:
-            with computing(one):
-                yield
-        finally:
-            config._attn_implementation = plain
+def make_steady(attention: Any) -> None:
+    """Have an attention module take its attention from here, within passes."""
+    if not isinstance(attention.config, SteadyConfig):
+        attention.config = SteadyConfig(attention.config)
+
+
+def config_of(attention: Any) -> Any:
+    """The configuration that an attention module was made with; None if it keeps none."""
+    config = getattr(attention, "config", None)
+    return config.plain if isinstance(config, SteadyConfig) else config
 
 
 def ways(implementation: str) -> list[Attention]:
@@ -55,7 +67,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     one = current()
-    assert one is not None, "this attention is chosen by `steady`, which says how"
+    assert one is not None, "this attention is chosen within passes, which say how"
     return attend(one, query, key, value, attention_mask, **more), None
 
 

@@ -21,6 +21,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:80]}...{text[-37:]}"
 
 
+def counted(count: int, what: str) -> str:
+    """How many there are of what has a plain plural: 1 token, 2,000 tokens."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def need_whole(name: str, value: object, *, largest: int = LARGEST) -> int:
     """The value, if it is a whole number from -`largest` - 1 to `largest`. Raises ConfigError naming the setting."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import PreTrainedModel
@@ -55,6 +55,9 @@ class Decoder:
         target = self.target
         kind = f"{target.config.model_type}, {target.num_layers} layers, {str(target.dtype).removeprefix('torch.')}"
         return f"Decoder({kind} on {target.device}; drafter: {self.drafter})"
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError("a Decoder can be neither pickled nor copied: load it there, with the same arguments")
 
     def with_drafter(self, drafter: DrafterChoice, /, **settings: Any) -> "Decoder":
         """The same target with another drafter: a name, a config, or a function that makes one for a target.

@@ -48,12 +48,17 @@ def writing(path: Path) -> Iterator[None]:
         if "null" not in str(error):
             raise
         raise ConfigError(f"cannot write to {str(path)!r}: no path can be called so") from None
+    except Exception as error:
+        # tokenizers raises nothing more special than this where a tokenizer.json cannot be written.
+        if type(error) is not Exception:
+            raise
+        raise refusal_to_write(path, error) from None
 
 
-def refusal_to_write(path: Path, error: OSError | SafetensorError) -> KangarooError:
+def refusal_to_write(path: Path, error: Exception) -> KangarooError:
     """What the system's refusal means to a user."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    # safetensors tells the system's error in words only.
+    # safetensors and tokenizers tell the system's error in words only.
     full = (isinstance(error, OSError) and error.errno in _FULL) or any(f"os error {code})" in reason for code in _FULL)
     if full:
         return CapacityError(f"cannot write {name_path(path)}: {reason}; make room, or write elsewhere")

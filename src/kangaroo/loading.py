@@ -7,11 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kangaroo import demo
-from kangaroo.checks import shown
+from kangaroo.checks import LARGEST, shown
 from kangaroo.demo.smollm2 import smollm2
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.gguf_file import is_gguf, load_gguf_model, load_gguf_tokenizer
-from kangaroo.model_files import check_size, first_line, quietly, reading_model
+from kangaroo.model_files import check_size, first_line, reading_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -27,10 +27,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None, *, trust_remot
 
 
 def _find(name: str | Path) -> str | Path:
-    if str(name) != demo.NAME:
-        return name
-    with quietly():
-        return smollm2()
+    return smollm2() if str(name) == demo.NAME else name
 
 
 def load_config(name: str | Path) -> Any:
@@ -97,6 +94,6 @@ def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     value = model.generation_config.eos_token_id if model.generation_config is not None else None
     value = model.config.eos_token_id if value is None else value
     ends = [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
-    if not all(type(end) is int and end >= 0 for end in ends):
+    if not all(type(end) is int and 0 <= end <= LARGEST for end in ends):
         raise ModelError(f"the model's eos_token_id should be token ids, got {shown(value)}")
     return tuple(ends)

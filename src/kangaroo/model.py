@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kangaroo.attention import OWN, steady
+from kangaroo.attention import OWN, make_steady
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.families import (
@@ -79,6 +79,8 @@ class Target:
     def compute_by(self, way: Attention | None) -> None:
         """Have passes with a cache take their attention this way; None leaves it to the model."""
         self._way, self._head = way, self.model.lm_head
+        for layer in self.layers if way is not None else ():
+            make_steady(layer.self_attn)
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
         if way is not None and self.config.model_type in LIKE_LLAMA:
             for index, layer in enumerate(self._run_as):
@@ -127,7 +129,7 @@ class Target:
         way = None if cache is None else self._way
         past = None if cache is None else CacheWindow(cache, where, range(start, stop), _extent(where, way))
         inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in set(self._kinds[start:stop])}
-        with self._computing(where, way, self.config):
+        with self._computing(where, way):
             for index in range(start, stop):
                 kind = self._kinds[index]
                 x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[kind])
@@ -136,13 +138,13 @@ class Target:
         return x.to(self.device), features
 
     @contextmanager
-    def _computing(self, where: Placement, way: Attention | None, config: Any) -> Iterator[None]:
+    def _computing(self, where: Placement, way: Attention | None) -> Iterator[None]:
         if way is None:
             yield
             return
         assert where.start is not None or not where.prompt, "prompts stand at the same positions in all rows"
         one = Pass(way, where.start if where.prompt else None, self._paths(where, way))
-        with steady(config, one):
+        with computing(one):
             yield
 
     def _paths(self, where: Placement, way: Attention) -> Tensor | None:
@@ -187,7 +189,7 @@ class Target:
         way = None if cache is None or where.branches else self._way
         past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
         inputs = self._layer_inputs(self._adapter_kind, where, x, way)
-        with self._computing(where, way, attention.config):
+        with self._computing(where, way):
             return attention(x, past_key_values=past, **inputs)[0]  # type: ignore[no-any-return]
 
     def new_attention(self, place: int = 0) -> nn.Module:
@@ -203,7 +205,9 @@ class Target:
             if isinstance(getattr(config, rope_switch, None), list):
                 setattr(config, rope_switch, [*getattr(config, rope_switch)[: self.num_layers], *[1] * added])
         family: Any = type(self.layers[0].self_attn)
-        return cast(nn.Module, family(config, layer_idx=self.num_layers + place))
+        made = family(config, layer_idx=self.num_layers + place)
+        make_steady(made)
+        return cast(nn.Module, made)
 
     def new_norm(self) -> nn.Module:
         """A copy of the final norm."""

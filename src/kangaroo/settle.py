@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kangaroo.attention import config_of
 from kangaroo.cache import LayerShape
 from kangaroo.errors import ModelError
 from kangaroo.linears import Entry, SteadyLinear, can_pack, pack_together, plain_linears, products
@@ -80,8 +81,7 @@ def _try(target: Settled, packs: bool) -> Exactness:
 
 def _need_the_interface(target: Settled) -> None:
     for layer in target.layers:
-        attention: Any = getattr(layer, "self_attn", None)
-        if getattr(attention, "config", None) is not target.config:
+        if config_of(getattr(layer, "self_attn", None)) is not target.config:
             raise ModelError(
                 f"{target.config.model_type} models do not take their attention from transformers' interface as they "
                 "run, so it cannot be made exact; load with exact=False for the same text up to ties in rounding"

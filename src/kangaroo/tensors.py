@@ -1,5 +1,6 @@
 """Tensors from files that users name: those that a module has, in precisions that can be computed with, all finite."""
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,3 +36,12 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
             raise AdapterError(f"{path}: {name!r} is of type {value.dtype}; it should be {known}")
         if not torch.isfinite(value).all():
             raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and bytes, in whatever order: what a file says of the tensors in it, to notice its own damage."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"crc32:{crc:08x}"

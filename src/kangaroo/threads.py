@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from kangaroo.checks import need_whole
 from kangaroo.errors import ConfigError
+from kangaroo.machine import MOST_THREADS
 from kangaroo.verdicts import Verdicts
 
 ROUNDS = 7
@@ -21,8 +23,8 @@ def set_threads(threads: int | Literal["auto"] | None, model: PreTrainedModel) -
     if threads == "auto":
         choose_threads(model)
     elif threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {threads}")
+        if not 1 <= need_whole("threads", threads) <= MOST_THREADS:
+            raise ConfigError(f"threads must be in 1..{MOST_THREADS}, got {threads}")
         torch.set_num_threads(threads)
 
 

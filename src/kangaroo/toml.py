@@ -25,6 +25,8 @@ class Section(BaseModel):
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
+LONGEST_FILE, LONGEST_LINE = 1_000_000, 10_000
+"""Characters of a recipe, and of a line of it."""
 
 
 def read_table(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def read_table(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     Raises ConfigError for a file that is missing or not TOML.
     """
     text = read_text(path, "recipe", ConfigError)
+    _refuse_long_lines(text, name_path(path))
     try:
         table = tomllib.loads(text)
     except RecursionError:
@@ -43,6 +46,17 @@ def read_table(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[s
     _refuse_large_numbers(table, name_path(path))
     lay_over(table, overrides or {})
     return table
+
+
+def _refuse_long_lines(text: str, where: str) -> None:
+    """tomllib's time grows with the square of the parts of a dotted key."""
+    if len(text) > LONGEST_FILE:
+        raise ConfigError(f"{where} is not a recipe: it has {len(text):,} characters, {LONGEST_FILE:,} are the most")
+    for number, line in enumerate(text.split("\n"), 1):
+        if len(line) > LONGEST_LINE:
+            raise ConfigError(
+                f"{where} is not a recipe: line {number} has {len(line):,} characters, {LONGEST_LINE:,} are the most"
+            )
 
 
 def _refuse_large_numbers(table: dict[str, Any], where: str) -> None:

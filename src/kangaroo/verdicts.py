@@ -1,14 +1,13 @@
 """What trials found, kept on disk for each machine, so that a second load need not try again."""
 
-import hashlib
-import json
 from typing import Any
 
 import torch
 
-from kangaroo.errors import CapacityError, ConfigError
-from kangaroo.files import cache_folder, write_json
+from kangaroo.errors import CapacityError, ConfigError, DataError
+from kangaroo.files import cache_folder
 from kangaroo.machine import device_name, machine, versions
+from kangaroo.sealed import read_sealed, write_sealed
 
 VERSION = 6
 """Of the trials themselves: what another version found is tried again."""
@@ -43,21 +42,15 @@ class Verdicts:
         if not self._new:
             return None
         try:
-            found = self._read() | self._new
-            write_json(self._path, {"of": self._of, "found": found, "sha256": _digest(found)})
+            write_sealed(self._path, {"of": self._of, "found": self._read() | self._new})
         except (CapacityError, ConfigError) as error:  # a load must not fail because a home is read-only
             return f"the trial is repeated at every load: {error}"
         return None
 
     def _read(self) -> dict[str, Any]:
         try:
-            table = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # nothing kept yet, or nothing that can be read: tried again, and replaced
+            table = read_sealed(self._path, "trials' findings", DataError)
+        except DataError:  # nothing kept yet, or nothing that can be relied on: tried again, and replaced
             return {}
-        own = isinstance(table, dict) and table.get("of") == self._of
-        kept = table.get("found") if own else None
-        return kept if isinstance(kept, dict) and table.get("sha256") == _digest(kept) else {}
-
-
-def _digest(table: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+        kept = table.get("found") if table.get("of") == self._of else None
+        return kept if isinstance(kept, dict) else {}

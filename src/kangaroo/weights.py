@@ -8,10 +8,11 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_origin, get_type_hints
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kangaroo.checks import need_number
+from kangaroo.checks import need_number, shown
 from kangaroo.errors import AdapterError
 from kangaroo.files import write_atomically, write_json, writing
 from kangaroo.fingerprint import same_model
@@ -61,8 +62,10 @@ class TrainedWeights(nn.Module):
             following.replace(folder / self.file)
 
     @classmethod
-    def load(cls, folder: Path, target: Target, *, allow_other_target: bool = False) -> Self:
-        """Read weights that were trained for this target, in the target's precision.
+    def load(
+        cls, folder: Path, target: Target, *, allow_other_target: bool = False, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Read weights that were trained for this target, in `dtype`, or else in the target's precision.
 
         With `allow_other_target` those of a relative do as well, a fine-tune's base or a requantised copy: shapes must
         fit. Drafts are then worse, the text is still the target's own.
@@ -83,8 +86,8 @@ class TrainedWeights(nn.Module):
         wanted, got = table["target_fingerprint"], target.fingerprint
         if not allow_other_target and not same_model(wanted, got, weights_hidden=target.hides_weights):
             raise AdapterError(
-                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint {wanted}, this target has "
-                f"{got}); train for this target with `kangaroo train`, or, if it is a relative of the other, say "
+                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint {shown(wanted)}, this has "
+                f"{shown(got)}); train for it with `kangaroo train`, or, if it is a relative of the other, say "
                 "allow_other_target=True"
             )
         module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
@@ -93,7 +96,7 @@ class TrainedWeights(nn.Module):
         check_tensors(tensors, module.state_dict(), folder / cls.file)
         module.load_state_dict(tensors)
         module.check(folder / cls.file)
-        return module.to(target.dtype).eval().requires_grad_(False)
+        return module.to(dtype or target.dtype).eval().requires_grad_(False)
 
     def current_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file by the names they have today."""

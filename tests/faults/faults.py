@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import REFUSED, Work, fork, fresh, make_works, wait
-
-from kangaroo.errors import KangarooError
+from transformers.utils.logging import disable_progress_bar
+from work import REFUSED, Work, copied, fork, fresh, make_works, wait
 
 WRITES = ("fsync", "replace", "mkdir")
 PLACES = (*range(1, 13), 16, 24, 32, 64, 128, 256, 512)
@@ -28,35 +27,40 @@ SIZES = (0, 10, 500, 5_000, 20_000, 60_000, 150_000)
 """Bytes beyond which no file can grow, as if the disk were full there."""
 
 
-def undisturbed(work: Work, folder: Path) -> tuple[Any, float]:
-    """(what the work comes to, its seconds)."""
+Expected = tuple[Any, float]
+"""What a work comes to undisturbed, and its seconds."""
+
+
+def undisturbed(work: Work, folder: Path) -> Expected:
+    """Done once, and kept as it is."""
     began = time.monotonic()
     assert wait(fork(lambda: work.act(fresh(folder)))) == 0
     return work.result(folder), time.monotonic() - began
 
 
-def kill(work: Work, folder: Path, times: int, chance: random.Random) -> None:
+def kill(work: Work, folder: Path, expected: Expected, times: int, chance: random.Random) -> str:
     """Kill −9 so many times, going on in between; whenever the work gets to its end, compare and begin anew."""
-    expected, seconds = undisturbed(work, folder)
+    wanted, seconds = expected
     fresh(folder)
-    while times:
+    left = times
+    while left:
         child = fork(lambda: work.act(folder))
         time.sleep(chance.random() * seconds)
         os.kill(child, signal.SIGKILL)
         status = wait(child)
         assert status in (0, -9), f"going on after a kill ended with {status}"
-        times -= status == -9
+        left -= status == -9
         work.whole(folder)
         if status == 0:
-            assert work.result(folder) == expected, "another result"
+            assert work.result(folder) == wanted, "another result"
             fresh(folder)
     assert wait(fork(lambda: work.act(folder))) == 0
-    assert work.result(folder) == expected, "another result"
+    assert work.result(folder) == wanted, "another result"
+    return f"killed {times} times"
 
 
-def refuse_writes(work: Work, folder: Path) -> int:
-    """Let every write fail in turn, for want of room and of permission; returns how many there were."""
-    expected, _ = undisturbed(work, folder)
+def refuse_writes(work: Work, folder: Path, expected: Expected) -> str:
+    """Let every write fail in turn, for want of room and of permission."""
     tried = 0
     for number in (errno.ENOSPC, errno.EROFS):
         for name in WRITES:
@@ -69,8 +73,8 @@ def refuse_writes(work: Work, folder: Path) -> int:
                     break
                 tried += 1
                 assert wait(fork(lambda: work.act(folder))) == 0, f"not gone on after {name} no. {place}"
-                assert work.result(folder) == expected, "another result"
-    return tried
+                assert work.result(folder) == expected[0], "another result"
+    return f"{tried} writes that failed"
 
 
 def _fail_at(name: str, place: int, number: int) -> None:
@@ -87,9 +91,8 @@ def _fail_at(name: str, place: int, number: int) -> None:
     setattr(os, name, failing)
 
 
-def limit_sizes(work: Work, folder: Path) -> int:
-    """Let no file grow beyond a size; returns how often that was in the way."""
-    expected, _ = undisturbed(work, folder)
+def limit_sizes(work: Work, folder: Path, expected: Expected) -> str:
+    """Let no file grow beyond a size."""
     refused = 0
     for size in SIZES:
         fresh(folder)
@@ -100,63 +103,65 @@ def limit_sizes(work: Work, folder: Path) -> int:
         refused += status == REFUSED
         work.whole(folder)
         assert wait(fork(lambda: work.act(folder))) == 0
-        assert work.result(folder) == expected, "another result"
+        assert work.result(folder) == expected[0], "another result"
     assert refused, "no limit was in the way"
-    return refused
+    return f"{refused} full disks"
 
 
-DIGESTED = {
-    "train": ["run/state.safetensors"],
-    "datastore build": ["x.rest"],
-    "adapter save": ["adapter.safetensors"],
-}
-"""Files of which every bit counts."""
-
-
-def flip(work: Work, folder: Path, names: list[str], times: int, chance: random.Random) -> None:
-    """Flip a bit, so many times in each file; going on must find it."""
-    assert wait(fork(lambda: work.act(fresh(folder)))) == 0
-    for name in names:
-        path = folder / name
-        whole = path.read_bytes()
+def flip(work: Work, folder: Path, times: int, chance: random.Random) -> str:
+    """Flip a bit, so many times in files of each kind; whoever reads them finds it, or comes to the same."""
+    kept, found, said = folder.with_name("kept"), 0, []
+    assert wait(fork(lambda: work.act(fresh(kept)))) == 0
+    for pattern, use in work.uses.items():
+        wanted = use(copied(kept, folder))
+        files = sorted(path.relative_to(kept) for path in kept.glob(pattern))
+        assert files, f"no {pattern}"
+        found = 0
         for _ in range(times):
+            path = copied(kept, folder) / chance.choice(files)
+            whole = path.read_bytes()
             at, bit = chance.randrange(len(whole)), chance.randrange(8)
-            if whole[at : at + 1] == b" ":
-                continue  # padding of a header
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-            try:
-                work.whole(folder)
-            except KangarooError:
-                continue
-            status = wait(fork(lambda: work.act(folder))) if work.whole.__name__ == "<lambda>" else 0
-            assert status == REFUSED, f"{name}: bit {bit} of byte {at} was not found ({status})"
-        path.write_bytes(whole)
+            status = wait(fork(lambda use=use, wanted=wanted: _same(use(folder), wanted)))  # type: ignore[misc]
+            where = f"{path.relative_to(folder)}: bit {bit} of byte {at} ({whole[max(0, at - 20) : at + 20]!r})"
+            assert status in (0, REFUSED), f"{where} was not found ({status})"
+            found += status == REFUSED
+        said.append(f"{pattern} {found}")
+    return f"{times} flipped bits in each of these were found so often, the others harmless: {', '.join(said)}"
+
+
+def _same(got: Any, wanted: Any) -> None:
+    assert got == wanted, "another result"
 
 
 def main() -> int:
     """All of it, or less."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="Over all kinds of work together.")
-    parser.add_argument("--flips", type=int, default=30, help="In each file.")
+    parser.add_argument("--flips", type=int, default=20, help="In each file.")
     parser.add_argument("--only", action="append")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    chance = random.Random(given.seed)
+    disable_progress_bar()
+    chance, began = random.Random(given.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as base:
+        os.environ["KANGAROO_CACHE"] = str(Path(base) / "cache")
         works = make_works(Path(base))
         chosen = {name: work for name, work in works.items() if not given.only or name in given.only}
         for name, work in chosen.items():
             folder = Path(base) / "work"
-            kill(work, folder, max(1, given.kills // len(chosen)), chance)
-            print(f"{name}: killed {max(1, given.kills // len(chosen))} times, nothing lost", flush=True)
-            print(f"{name}: {refuse_writes(work, folder)} writes that failed, nothing lost", flush=True)
-            print(f"{name}: {limit_sizes(work, folder)} full disks, nothing lost", flush=True)
-            if name in DIGESTED:
-                flip(work, folder, DIGESTED[name], given.flips, chance)
-                print(
-                    f"{name}: {given.flips} flipped bits in each of {', '.join(DIGESTED[name])}, all found", flush=True
-                )
+            expected = undisturbed(work, folder)
+            kills = -(-given.kills // len(chosen))
+            for attack in (
+                lambda: kill(work, folder, expected, kills, chance),  # noqa: B023 (called at once)
+                lambda: refuse_writes(work, folder, expected),  # noqa: B023
+                lambda: limit_sizes(work, folder, expected),  # noqa: B023
+                lambda: flip(work, folder, given.flips, chance),  # noqa: B023
+            ):
+                said = attack()
+                print(f"[{time.monotonic() - began:4.0f} s] {name}: {said}", flush=True)
+    print("nothing was lost")
     return 0
 
 

@@ -1,17 +1,23 @@
 """Where results go: places that cannot be written to, two writers at once, and what is promised of what is printed."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from damage import Refused
 from pydantic import TypeAdapter
+from rich.console import Console
 
 from chat_model import SENTENCES
 from command import invoke
+from kangaroo.cli import demo
 from kangaroo.cli.schema import VERBS
+from kangaroo.cli.tables import print_facts, print_rows
+from kangaroo.decoder import load
 from kangaroo.errors import CapacityError, ConfigError
 from kangaroo.files import claim, write_json, write_text
 
@@ -129,13 +135,16 @@ def test_a_full_disk_is_told_from_a_place_that_cannot_be(tmp_path: Path, monkeyp
     assert (tmp_path / "x").read_text() == "old"
 
 
+SHORT = ("--drafter", "none", "--prompt", "x", "--max-tokens", "2", "--no-exact", "--threads", "1")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize(
-    "arguments", [["info", "--drafter", "none"], ["info", "--drafter", "none", "--json"], ["--help"]]
+    "arguments", [["generate", *SHORT], ["generate", *SHORT, "--json"], ["--help"]], ids=["text", "json", "help"]
 )
 def test_output_to_a_full_disk(arguments: list[str], model: str) -> None:
     command = [sys.executable, "-c", "from kangaroo_command import main; main()", *arguments]
-    command += ["--model", model] if arguments[0] == "info" else []
+    command += ["--model", model] if arguments[0] == "generate" else []
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
@@ -175,6 +184,38 @@ def test_what_is_printed_for_machines_is_what_the_schema_says(
     build = ("datastore", "build", documents, "--model", model, "--output", str(tmp_path / "x.rest"), "--json")
     assert invoke(*build) == 0
     conforms("datastore build", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.9"])
+def test_the_demo_prints_what_the_schema_says(
+    temperature: str, chat: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    little = load(str(chat / "target"), adapter=chat / "adapter", dtype="float64")
+    monkeypatch.setattr(demo, "ModelOptions", lambda **_: SimpleNamespace(open=little.with_drafter))
+    short = ("--prompts", "2", "--max-tokens", "6", "--temperature", temperature)
+    assert invoke("demo", "--json", *short) == 0
+    conforms("demo", capsys.readouterr().out)
+    assert invoke("demo", *short) == 0
+    assert "identical, every token" in capsys.readouterr().out
+
+
+HEADINGS = ("drafter", "verdict", "answers", "rounds that accepted none", "had no draft")
+ROWS = [("early-exit-tree", "inconclusive", "1234", "56", "78"), ("kangaroo+lookup", "lossless", "9", "8", "7")]
+
+
+@pytest.mark.parametrize("width", [40, 60, 200])
+def test_tables_are_whole_at_every_width(width: int) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=width, soft_wrap=True)
+    print_rows(console, HEADINGS, ROWS, texts=["verdict"])
+    print_facts(console, {"fingerprint": "1777bdd14e26-b308de1a434f-71962043aa25", "threads": "2"})
+    lines = text.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert "…" not in text.getvalue()
+    words = " ".join(" ".join(lines).split())
+    assert all(cell in words for row in ROWS for cell in row)
+    assert (sum("answers" in line for line in lines) == 1) == (width == 200)
+    assert "1777bdd14e26-b308de1a434f-71962043aa25" in words.replace(" ", "")
 
 
 def test_the_document_names_every_field() -> None:

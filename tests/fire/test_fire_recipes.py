@@ -9,6 +9,9 @@ from damage import DEEP, DIGITS, Refused
 
 from command import invoke
 from kangaroo.bench.records import RECORDS
+from kangaroo.errors import ConfigError, DataError
+from kangaroo.sealed import open_sealed, seal
+from kangaroo.toml import read_table
 
 RECIPE = {
     "kind": '"adapter"',
@@ -65,6 +68,14 @@ def test_files_that_are_no_recipes(verb: str, content: bytes, refused: Refused, 
     refused(verb, str(tmp_path / "recipe.toml"), "--data", "x")
 
 
+def test_a_recipe_of_more_than_could_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    for content, named in (("\na" + ".a" * 5000 + " = 1", "line 2 has 10,005"), ("#\n" * 600_000, "1,200,000 char")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=named):
+            read_table(path)
+
+
 BENCH = {"model": '"{model}"', "output": '"{output}"', "questions": '"{questions}"', "max_tokens": "3", "limit": "2"}
 METHOD = '\n[[methods]]\nname = "lookup"\ndrafter = "prompt-lookup"\n'
 
@@ -113,7 +124,7 @@ def test_an_answer_by_a_method_that_the_run_does_not_have(bench: Callable[..., P
     output = recipe.parent / "run"
     assert invoke("bench", str(recipe)) == 0
     lines = (output / RECORDS).read_text().splitlines()
-    stranger = json.dumps(json.loads(lines[-1]) | {"method": "stranger"})
+    stranger = json.dumps(seal(open_sealed(json.loads(lines[-1]), "", DataError) | {"method": "stranger"}))
     (output / RECORDS).write_text("\n".join([*lines, stranger]) + "\n")
     for command in (["bench", str(recipe)], ["report", str(output)]):
         message = refused(*command)

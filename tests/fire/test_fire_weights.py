@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from kangaroo.decoder import load
 from kangaroo.documents import Document
 from kangaroo.drafters.copying.datastore import KIND, Datastore, build_datastore
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
-from kangaroo.errors import AdapterError, DataError
+from kangaroo.errors import AdapterError, DataError, KangarooError
 from kangaroo.loading import load_tokenizer
 from tiny import make_adapter, target
 
@@ -85,6 +86,8 @@ def test_a_threshold_of_one_is_not_damage(folder: Path) -> None:
         {"after_right": "0.5"},
         {"after_right": True},
         {"confidence": [0.1, 2.0]},
+        {"confidence": [0.1, 10**400]},
+        {"after_right": math.nan},
         {"confidence": [0.5, 0.1]},
         {"confidence": ["0.1", "0.2"]},
         {"right": [0.9, 0.1]},
@@ -211,6 +214,37 @@ def test_a_config_that_contradicts_its_weights(values: dict[str, Any], copy: Pat
     path = copy / "target" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
+
+
+@pytest.mark.parametrize("end", [2**63, -1, [5, 2**31], "x", 1.5, True])
+def test_ends_that_are_no_tokens(end: Any, copy: Path, refused: Refused) -> None:
+    path = copy / "target" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": end}))
+    refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
+
+
+def test_bits_of_an_adapters_settings_are_found_or_change_no_text(copy: Path) -> None:
+    """Its weights are known by a digest; how it drafts decides nothing about the text."""
+    Calibration((0.1, 0.5, 0.9), (0.2, 0.5, 0.9), after_right=0.6).save(copy / "adapter")
+    plain = load(str(copy / "target"), drafter="none", dtype="float64")
+    settings = {"stop": "auto", "draft_cost": 0.1, "start_cost": 0.0}
+    wanted, found, harmless = plain.generate(["Where would you"], max_tokens=8)[0].tokens, 0, 0
+    for name in ("config.json", "calibration.json", "adapter.safetensors"):
+        path = copy / "adapter" / name
+        whole = path.read_bytes()
+        for at in range(0, len(whole), len(whole) // 60):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            try:
+                drafting = plain.with_drafter("kangaroo", adapter=copy / "adapter", **settings)
+            except KangarooError:
+                found += 1
+                continue
+            assert name != "adapter.safetensors", f"a flip in byte {at} was not found"
+            harmless += 1
+            assert drafting.generate(["Where would you"], max_tokens=8)[0].tokens == wanted
+        path.write_bytes(whole)
+    assert found > 100
+    assert harmless > 5
 
 
 def output_weight(adapter: Adapter) -> torch.Tensor:

@@ -53,7 +53,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given_ = parser.parse_args()
     torch.set_num_threads(1)
-    until, failed, counts = time.monotonic() + 60 * given_.minutes, set[str](), dict[str, int]()
+    began, failed, counts = time.monotonic(), set[str](), dict[str, int]()
+    until = began + 60 * given_.minutes
     with tempfile.TemporaryDirectory() as folder:
         place, turn = Place(Path(folder)), given_.seed
         names = given_.only or list(TARGETS)
@@ -71,10 +72,17 @@ def main() -> int:
                     traceback.print_exception(error, limit=-12)
                     failed.add(name)
                 counts[name] = counts.get(name, 0) + place.cases - before
+            if turn % 10 == 0:
+                print(_rate(place.cases, began), flush=True)
     for name, count in counts.items():
         print(f"{name:16} {count:7,} cases{'  FAILED' if name in failed else ''}")
-    print(f"{sum(counts.values()):,} cases, {len(failed)} kinds of input failed")
+    print(f"{_rate(sum(counts.values()), began)}; {len(failed)} of {len(names)} kinds of input failed")
     return 1 if failed else 0
+
+
+def _rate(cases: int, began: float) -> str:
+    seconds = time.monotonic() - began
+    return f"{cases:,} cases in {seconds / 60:.1f} minutes, {cases / seconds:.0f} a second"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import lesson
 import pytest
 import torch
 from lesson import Lesson, build
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
@@ -251,6 +251,17 @@ def test_starts_from_exactly_the_weights_of_a_folder(make_lesson: MakeLesson, dt
     assert all(torch.equal(before[name], after[name]) for name in before)
     untrained = weights(make_lesson().train(**still))
     assert not torch.equal(before["layers.0.attention.q_proj.weight"], untrained["layers.0.attention.q_proj.weight"])
+
+
+def test_starts_from_an_adapter_whose_saving_was_cut_short(make_lesson: MakeLesson) -> None:
+    """Its config names weights that have not yet taken the place of older ones."""
+    taken = make_lesson().train(schedule__steps=1)
+    saved = weights(taken)
+    (taken / "adapter.safetensors").rename(taken / ".adapter.safetensors.next")
+    save_file({name: torch.zeros_like(value) for name, value in saved.items()}, taken / "adapter.safetensors")
+    recipe = make_lesson().settings(adapter__init=str(taken))
+    adapter = new_adapter(load_target(recipe)[0], recipe)
+    assert all(torch.equal(value, saved[name]) for name, value in adapter.state_dict().items())
 
 
 def test_starts_from_a_trained_adapter_of_another_run(make_lesson: MakeLesson) -> None:

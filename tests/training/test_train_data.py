@@ -201,7 +201,7 @@ def test_packing_keeps_documents_whole_and_apart(lengths: list[int], length: int
     packed = Packed(corpus_of(lengths))
     worth = [i for i, n in enumerate(lengths) if n > 1]  # a single token predicts nothing
     if not worth:
-        with pytest.raises(DataError, match="no document has a token to learn from"):
+        with pytest.raises(DataError, match=r"no document has a token to learn from .* what the assistant answers"):
             packed.rows(length)
         return
     rows = packed.rows(length)

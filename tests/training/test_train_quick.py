@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lesson import Lesson, build
+from lesson import Lesson, build, write_rows
 
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.errors import ConfigError, DataError, ModelError
@@ -26,10 +26,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_a_run_from_a_model_and_text(make_lesson: MakeLesson, target_folder: Path) -> None:
+def test_a_run_from_a_model_and_text(
+    make_lesson: MakeLesson, target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not measured: on a busy machine there might be no time for the fewest steps.
+    monkeypatch.setattr(StepCosts, "measure", lambda *_: StepCosts(first=4.0, again=4.0, evaluation=1.0))
     lesson, news = make_lesson(), list[Any]()
     best = train_quickly(
-        str(target_folder), [lesson.data], news.append, minutes=0.25, output=lesson.output, settings=SMALL
+        str(target_folder), [lesson.data], news.append, minutes=4, output=lesson.output, settings=SMALL
     )
     recipe = read_recipe(lesson.output / RECIPE)
     assert isinstance(recipe, AdapterRecipe)
@@ -65,6 +69,9 @@ def test_too_short_or_nothing_to_go_by(make_lesson: MakeLesson, target_folder: P
         run(model=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="no data file"):
         run(data=tmp_path / "nothing.jsonl")
+    asked = [{"messages": [{"role": "user", "content": f"What does Ada eat on day {day}?"}]} for day in range(20)]
+    with pytest.raises(DataError, match=r"token to learn from .* what the assistant answers"):
+        run(data=write_rows(tmp_path / "asked.jsonl", asked))
     with pytest.raises(ConfigError, match=r"did you mean 'exit_layer'"):
         run(**{"adapter.exit_layers": 2})
     with claim(lesson.output), pytest.raises(ConfigError, match="another process is writing"):

@@ -120,12 +120,14 @@ def test_what_goes_wrong_with_files_is_named(
     batch = batches.batch(0, 1, kept.recipe.schedule.sequence_length, 0)
     kept.loss(batch)
     (file,) = folder.rglob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(DataError, match=file.name):
-        kept.loss(batch)
+    whole = file.read_bytes()
+    for damaged in (whole[:40], whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=file.name):
+            kept.loss(batch)
     file.unlink()
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kangaroo.training.state_cache.save_file", full)

@@ -11,6 +11,7 @@ from kangaroo.bench.records import RECORDS, Record, read_records, refuse_strange
 from kangaroo.errors import DataError
 from kangaroo.files import write_atomically, writing
 from kangaroo.inputs import is_file, read_bytes
+from kangaroo.sealed import seal
 
 
 class Journal:
@@ -64,7 +65,7 @@ class Journal:
 
 def _lines(records: Sequence[Record]) -> bytes:
     # Plain ASCII, in which only the end of a record can look like the end of a line.
-    rows = (json.dumps(record.model_dump(mode="json"), separators=(",", ":")) for record in records)
+    rows = (json.dumps(seal(record.model_dump(mode="json")), separators=(",", ":")) for record in records)
     return "".join(f"{row}\n" for row in rows).encode("ascii")
 
 

@@ -13,9 +13,9 @@ from kangaroo.bench.records import RECORDS
 from kangaroo.decoder import Decoder
 from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import write_json
-from kangaroo.inputs import is_file, is_folder, read_object
+from kangaroo.inputs import is_file, is_folder
 from kangaroo.machine import surroundings
+from kangaroo.sealed import read_sealed, write_sealed
 from kangaroo.toml import parse_table
 
 PROVENANCE = "provenance.json"
@@ -57,7 +57,7 @@ def find_run(folder: Path, facts: Facts) -> Facts | None:
         if (folder / RECORDS).exists():
             raise ConfigError(f"{folder} holds records but no {PROVENANCE}; give a new --output")
         return None
-    before = read_object(path, PROVENANCE, DataError)
+    before = read_sealed(path, PROVENANCE, DataError)
     missing = [name for name in ("recipe", "started", "resumed", *FIXED) if name not in before]
     if missing or not isinstance(before["recipe"], dict) or not isinstance(before["resumed"], list):
         what = f"it does not say the run's {missing[0]}" if missing else "its recipe is no table, or resumed no list"
@@ -74,7 +74,7 @@ def resumed(before: Facts, facts: Facts) -> Facts:
 
 def write_facts(folder: Path, facts: Facts) -> None:
     """Write them down."""
-    write_json(folder / PROVENANCE, facts)
+    write_sealed(folder / PROVENANCE, facts)
 
 
 def _refuse_another_run(before: Facts, now: Facts, path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kangaroo.errors import DataError
-from kangaroo.inputs import is_file, name_path, read_text
+from kangaroo.inputs import is_file, name_path, parse_json, read_text
+from kangaroo.sealed import open_sealed
 
 RECORDS = "records.jsonl"
 BASELINE = "none"
@@ -123,9 +124,11 @@ def refuse_strangers(records: Iterable[Record], methods: Collection[str], folder
 def parse_records(lines: Iterable[str], name: str) -> Iterable[Record]:
     """Records from JSON lines; `name` says in errors where they came from."""
     for number, line in enumerate(lines, 1):
+        where = f"{name}, line {number}"
+        row = parse_json(line, where, DataError)
         try:
-            yield Record.model_validate_json(line)
+            yield Record.model_validate(open_sealed(row, where, DataError) if isinstance(row, dict) else row)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the row"
-            raise DataError(f"{name}, line {number}: {where}: {first['msg']}") from None
+            place = ".".join(map(str, first["loc"])) or "the row"
+            raise DataError(f"{where}: {place}: {first['msg']}") from None

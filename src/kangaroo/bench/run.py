@@ -3,7 +3,6 @@
 A sweep is one run per value of a key, one after the other, on a model that is loaded once.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -28,8 +27,9 @@ from kangaroo.bench.records import BASELINE, Record
 from kangaroo.decoder import Decoder, load
 from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import claim, write_text
-from kangaroo.inputs import is_file, read_object
+from kangaroo.files import claim
+from kangaroo.inputs import is_file
+from kangaroo.sealed import read_sealed, write_sealed
 
 BenchReport = Callable[[int, int], None]
 """Is told how many questions of how many have been answered by all methods, repeats counted."""
@@ -185,8 +185,7 @@ def _write_sweep(folder: Path, key: str, values: list[Any]) -> None:
     before = read_sweep(folder)
     if before is not None and before[0] != key:
         raise ConfigError(f"{folder} holds a sweep over {before[0]}, not over {key}; give a new --output")
-    text = json.dumps({"key": key, "values": values}) + "\n"
-    write_text(folder / SWEEP, text)
+    write_sealed(folder / SWEEP, {"key": key, "values": values})
 
 
 def read_sweep(folder: Path) -> tuple[str, list[Any]] | None:
@@ -194,7 +193,7 @@ def read_sweep(folder: Path) -> tuple[str, list[Any]] | None:
     path = folder / SWEEP
     if not is_file(path):
         return None
-    table = read_object(path, SWEEP, DataError)
+    table = read_sealed(path, SWEEP, DataError)
     if not isinstance(table.get("key"), str) or not isinstance(table.get("values"), list):
         raise DataError(f"{path} is damaged: it should hold a key and its values; run `kangaroo bench` to renew it")
     return table["key"], table["values"]

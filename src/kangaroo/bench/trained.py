@@ -12,8 +12,9 @@ from kangaroo.bench.experiment import TrainingSection
 from kangaroo.bench.provenance import digest
 from kangaroo.bench.recipe import BenchRecipe, MethodSection
 from kangaroo.errors import ConfigError, DataError
-from kangaroo.files import claim, write_json
-from kangaroo.inputs import is_file, need_file, read_object
+from kangaroo.files import claim
+from kangaroo.inputs import is_file, need_file
+from kangaroo.sealed import read_sealed, write_sealed
 from kangaroo.toml import lay_over, read_table
 
 TRAINED, PLAN = "trained", "plan.json"
@@ -103,7 +104,7 @@ def _plan(training: Training) -> dict[str, Any]:
 def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
     folder, path = training.folder, training.folder / PLAN
     if is_file(path):
-        found = read_object(path, PLAN, DataError)
+        found = read_sealed(path, PLAN, DataError)
         best = found.pop("best", None)
         if found != plan:
             raise ConfigError(
@@ -111,7 +112,7 @@ def _trained(training: Training, plan: dict[str, Any], train: Train) -> Path:
             )
         if best is not None:
             return folder / str(best)
-    write_json(path, plan)  # first, so that what is interrupted is never gone on with by another plan
+    write_sealed(path, plan)  # first, so that what is interrupted is never gone on with by another plan
     best = train(training)
-    write_json(path, plan | {"best": str(best.relative_to(folder))})
+    write_sealed(path, plan | {"best": str(best.relative_to(folder))})
     return best

@@ -11,6 +11,7 @@ from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
 from kangaroo.bench.records import Record
 from kangaroo.bench.run import run_bench, run_sweep
 from kangaroo.bench.trained import Training, train_methods
+from kangaroo.checks import counted
 from kangaroo.cli.options import Threads
 from kangaroo.cli.terminal import countdown, notes, out, training_progress
 from kangaroo.training.loop import Interrupted
@@ -73,11 +74,11 @@ def _conclude(settings: BenchRecipe, records: Sequence[Record]) -> None:
     verdict = (
         f"{len(found)} differ from plain decoding's, {ties} of them by a tie in rounding; kangaroo report has them"
     )
-    out.print(f"{compared} answers, {verdict if found else 'all of them those of plain decoding, token for token'}")
+    same = "all of them those of plain decoding, token for token"
+    out.print(f"{counted(compared, 'answer')}, {verdict if found else same}")
     if drawn:
-        out.print(
-            f"{len(records) - compared} answers with texts of their own, by rejection: {', '.join(sorted(drawn))}"
-        )
+        others = counted(len(records) - compared, "answer")
+        out.print(f"{others} with texts of their own, by rejection: {', '.join(sorted(drawn))}")
     levels = sorted({record.exactness for record in records if record.exactness})
     if levels:
         out.print(f"exactness: {', '.join(levels)}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kangaroo.checks import counted
 from kangaroo.cli.options import Json
 from kangaroo.cli.terminal import notes, out, print_json, progress
 from kangaroo.documents import read_documents
@@ -48,5 +49,5 @@ def build(
     if as_json:
         print_json(asdict(facts))
     else:
-        size = human_bytes(facts.bytes)
-        out.print(f"{output}: {facts.documents:,} documents, {facts.tokens:,} tokens, {size}, {facts.seconds:.1f} s")
+        content = f"{counted(facts.documents, 'document')}, {counted(facts.tokens, 'token')}"
+        out.print(f"{output}: {content}, {human_bytes(facts.bytes)}, {facts.seconds:.1f} s")

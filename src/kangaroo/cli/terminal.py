@@ -6,17 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from kangaroo.bench.check import CheckReport, Divergence
 from kangaroo.bench.compare import Line, PairedRun
+from kangaroo.checks import counted
+from kangaroo.cli.tables import print_facts, print_rows
 from kangaroo.completion import Completion, Stats
 from kangaroo.decoder import Decoder
 from kangaroo.machine import human_bytes
@@ -59,7 +60,7 @@ def stream_answer(stream: AnswerStream) -> str:
         out.print(Text(printable(piece.text), style="green underline" if piece.drafted else ""), end="")
     out.print()
     stats = stream.stats
-    tokens = f"{stats.emitted} token{'' if stats.emitted == 1 else 's'}"
+    tokens = counted(stats.emitted, "token")
     drafted = f"{stats.accepted} of {tokens} drafted" if stats.accepted else tokens
     notes.print(
         f"{drafted}, {stats.compression_rate:.2f} per round, {stats.tokens_per_second:.1f} tokens/s", style="dim"
@@ -123,7 +124,7 @@ def show_comparison(facts: dict[str, Any]) -> None:
     if facts["differing"]:
         verdict = f"{facts['differing']} differ, {facts['ties']} of them by a tie in rounding; see `kangaroo check`"
     setting = f"{facts['dtype']}, threads: {facts['threads']}, temperature {facts['temperature']:g}"
-    out.print(f"{facts['prompts']} held-out prompts, {facts['tokens']} tokens, {setting}")
+    out.print(f"{counted(facts['prompts'], 'held-out prompt')}, {counted(facts['tokens'], 'token')}, {setting}")
     out.print(f"  plain decoding  {facts['baseline_tokens_per_second']:7.1f} tokens/s")
     out.print(f"  Kangaroo        {facts['tokens_per_second']:7.1f} tokens/s, {facts['cr']:.2f} tokens per round")
     out.print(f"  speed-up        {facts['speedup']:7.2f} times")
@@ -134,37 +135,28 @@ def show_comparison(facts: dict[str, Any]) -> None:
 def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exactness: Exactness) -> None:
     """What a check of one or more drafters found."""
     out.print(f"exactness: {exactness}")
-    table = Table(box=None)
-    for heading in (
-        "drafter",
-        "answers",
-        "tokens",
-        "other bits",
-        "rounds that accepted none",
-        "some",
-        "all",
-        "had no draft",
-        "",
-    ):
-        table.add_column(heading, justify="left" if heading in ("drafter", "") else "right")
+    rounds = ("rounds that accepted none", "some", "all", "had no draft")
+    rows = []
     for name, report in reports.items():
-        rounds = report.rounds
-        counts = (report.answers, report.tokens, report.bits, rounds.none, rounds.some, rounds.all, rounds.undrafted)
-        table.add_row(name, *map(str, counts), _verdict(report))
-    _print_table(table, left_out)
+        counts = (report.answers, report.tokens, report.bits, *astuple(report.rounds))
+        rows.append((name, _verdict(report), *map(str, counts)))
+    print_rows(out, ("drafter", "verdict", "answers", "tokens", "other bits", *rounds), rows, texts=["verdict"])
+    _print_left_out(left_out)
     for name, report in reports.items():
+        if report.problem is not None:
+            out.print(f"{name}: {_verdict(report)}: {report.problem}")
         for found in report.differences[:10]:
             out.print(f"{name}: {_difference_line(found)}")
     if all(report.problem is None for report in reports.values()):
         texts = [found for report in reports.values() for found in report.differences]
-        same = "every token is the same" if not texts else f"{len(texts)} answers part at a tie in rounding"
+        same = "every token is the same" if not texts else f"texts that part at a tie in rounding: {len(texts)}"
         out.print(f"lossless: {same}" + (", to the last bit of its logits" if exactness.level == "bitwise" else ""))
 
 
 def _verdict(report: CheckReport) -> str:
     if report.problem is None:
         return "lossless"
-    return f"FAILED: {report.problem}" if report.differences else f"inconclusive: {report.problem}"
+    return "FAILED" if report.differences else "inconclusive"
 
 
 def _difference_line(found: Divergence) -> str:
@@ -178,37 +170,25 @@ def _difference_line(found: Divergence) -> str:
 def show_lines(lines: Sequence[Line], left_out: dict[str, str], ties: Collection[str], exactness: Exactness) -> None:
     """Methods side by side; `ties` differ by rounding."""
     out.print(f"exactness: {exactness}")
-    table = Table(box=None)
-    figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
-    for heading in ("drafter", "text", *figures):
-        table.add_column(heading, justify="left" if heading in ("drafter", "text") else "right")
+    rows = []
     for line in lines:
+        text = "identical" if line.identical else "a tie" if line.method in ties else "DIFFERS"
+        speeds = (f"{line.tokens_per_second:.1f}", f"{line.speedup:.2f}", f"{line.compression_rate:.2f}")
         shares = (f"{part / line.seconds:.0%}" for part in (line.prefill, line.draft, line.verify, line.rest))
-        table.add_row(
-            line.method,
-            "identical" if line.identical else "a tie" if line.method in ties else "DIFFERS",
-            f"{line.tokens_per_second:.1f}",
-            f"{line.speedup:.2f}",
-            f"{line.compression_rate:.2f}",
-            str(line.drafted),
-            str(line.accepted),
-            *shares,
-        )
-    _print_table(table, left_out)
+        rows.append((line.method, text, *speeds, str(line.drafted), str(line.accepted), *shares))
+    figures = ("tokens/s", "speed-up", "CR", "drafted", "accepted", "prefill", "draft", "verify", "rest")
+    print_rows(out, ("drafter", "text", *figures), rows, texts=["text"])
+    _print_left_out(left_out)
 
 
-def _print_table(table: Table, left_out: dict[str, str]) -> None:
-    out.print(table)
+def _print_left_out(left_out: dict[str, str]) -> None:
     for name, reason in left_out.items():
         out.print(f"left out: {name} ({reason})", style="dim")
 
 
 def show_table(facts: dict[str, Any]) -> None:
     """Names and values."""
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _readable(value))
-    out.print(table)
+    print_facts(out, {name.replace("_", " "): _readable(value) for name, value in facts.items()})
 
 
 def _readable(value: Any) -> str:

@@ -88,7 +88,10 @@ class Packed:
         if length not in self._rows:
             self._rows[length] = _first_fit(self.corpus, length)
         if not self._rows[length]:
-            raise DataError(f"no document has a token to learn from within its first {length} tokens")
+            raise DataError(
+                f"no document has a token to learn from within its first {length} tokens; of a conversation that is "
+                "what the assistant answers (unless data.assistant_only = false)"
+            )
         return self._rows[length]
 
     def lay_out(self, rows: Sequence[Sequence[int]], length: int) -> Batch:

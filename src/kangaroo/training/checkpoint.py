@@ -20,6 +20,7 @@ from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_atomically
 from kangaroo.inputs import is_file, need_file
 from kangaroo.machine import device_name, versions
+from kangaroo.tensors import checksum
 from kangaroo.training.recipe import Recipe, flatten, parse_recipe
 
 
@@ -51,7 +52,7 @@ def save_state(
         "best": json.dumps(progress.best),
         "recipe": json.dumps(progress.recipe),
         "identity": json.dumps(dict(progress.identity)),
-        "checksum": _checksum(tensors),
+        "checksum": checksum(tensors),
     }
     metadata["facts"] = facts_checksum(metadata)
     write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
@@ -83,10 +84,10 @@ def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: to
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            checksum = (file.metadata() or {}).get("checksum")
+            noted = (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError) as error:
         raise DataError(f"cannot resume from {path}: {error}") from None
-    if checksum is not None and checksum != _checksum(tensors):
+    if noted is not None and noted != checksum(tensors):
         raise DataError(f"cannot resume from {path}: its content is damaged (checksum)")
     saved = {name.removeprefix("parameter/"): t.shape for name, t in tensors.items() if name.startswith("parameter/")}
     wanted = {name: parameter.shape for name, parameter in parameters.items()}
@@ -99,14 +100,6 @@ def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: to
             parameters[name].data.copy_(tensor)
         else:
             optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"crc32:{crc:08x}"
 
 
 def facts_checksum(metadata: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.files import write_text
 from kangaroo.inputs import is_file, parse_json, read_text
+from kangaroo.sealed import open_sealed, seal
 
 METRICS = "metrics.jsonl"
 
@@ -24,13 +25,13 @@ class Metrics:
         self._board = _open_board(folder / "tensorboard", step) if tensorboard else None
         self._path = folder / METRICS
         kept = [row for row in read_metrics(self._path) if row["step"] <= step] if step else []
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        text = "".join(json.dumps(seal(row)) + "\n" for row in kept)
         write_text(self._path, text)
         self._file = self._path.open("a", encoding="utf-8")
 
     def record(self, row: Mapping[str, float]) -> None:
         """Append a row, which names its `step`. A reader, or a run resumed after a kill, sees it at once."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(seal(row)) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
@@ -68,7 +69,7 @@ def _row(line: str, where: str) -> dict[str, float]:
     row = parse_json(line, where, DataError, nan=True)
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise DataError(f"{where}: damaged, as it does not say its step; delete the line to go on")
-    return row
+    return open_sealed(row, where, DataError)
 
 
 def _open_board(folder: Path, step: int) -> Any:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from kangaroo import demo
 from kangaroo.drafters.draft_vocabulary import count_tokens
@@ -201,7 +200,8 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
 
 
 def _take_over(adapter: Adapter, folder: Path) -> None:
-    trained = Adapter.load(folder, adapter.target)
+    # The target's precision may be lower than that of training.
+    trained = Adapter.load(folder, adapter.target, dtype=torch.float32)
     for name in ("exit_layer", "variant", "layers", "draft_vocabulary"):
         wanted, found = getattr(adapter.config, name), getattr(trained.config, name)
         if wanted != found:
@@ -209,8 +209,7 @@ def _take_over(adapter: Adapter, folder: Path) -> None:
                 f"adapter.{name} is {wanted!r}, but the adapter that adapter.init names has {found!r}; say the same, "
                 'or start from the target (adapter.init = "target")'
             )
-    # From the file once more: what was loaded has the target's precision, which may be lower than that of training.
-    adapter.load_state_dict(adapter.current_names(load_file(folder / Adapter.file)))
+    adapter.load_state_dict(trained.state_dict())
 
 
 def new_heads(target: Target, recipe: MedusaRecipe) -> MedusaHeads:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kangaroo.errors import CapacityError, DataError, KangarooError
 from kangaroo.files import write_atomically
 from kangaroo.inputs import is_file
 from kangaroo.model import Target
+from kangaroo.tensors import checksum
 from kangaroo.training.batches import Batch, place_documents
 from kangaroo.training.objective import LOGITS_AT_ONCE
 
@@ -103,8 +104,13 @@ class StateCache:
 
     def _read(self, path: Path) -> Final:
         try:
-            return Final(**load_file(path, device=str(self.target.device)))
-        except (OSError, SafetensorError, TypeError) as error:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                noted = (file.metadata() or {}).get("checksum")
+            if noted is not None and noted != checksum(tensors):
+                raise ValueError("they are not what was written")
+            return Final(**{name: tensor.to(self.target.device) for name, tensor in tensors.items()})
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
             raise DataError(f"cannot read the target's states in {path}: {error}. Delete the file") from None
 
     def _write(self, path: Path, final: Final) -> None:
@@ -116,7 +122,7 @@ class StateCache:
             return
         self._room -= size
         try:
-            write_atomically(path, lambda part: save_file(tensors, part))
+            write_atomically(path, lambda part: save_file(tensors, part, metadata={"checksum": checksum(tensors)}))
         except KangarooError as error:
             raise CapacityError(
                 f"cannot keep the target's states in {self.folder}: {error}. Make room, or drop the recipe's states"

@@ -16,6 +16,7 @@ from kangaroo.inputs import is_file, parse_json, read_text
 from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
+from kangaroo.sealed import open_sealed, seal
 from kangaroo.state import Request
 from kangaroo.training.corpus import Corpus, prompts, tokenize
 from kangaroo.training.evaluation import HeldOut
@@ -92,12 +93,12 @@ class Writer:
         header = {"requests": self._digest(requests)}
         answers = _read(path, header, self.target.vocab_size)
         clock = Clock(stage, len(answers), len(requests), self.report)
-        text = "".join(json.dumps(row) + "\n" for row in [header, *answers])
+        text = "".join(json.dumps(row) + "\n" for row in [header, *map(_row, answers)])
         write_text(path, text)
         with writing(path), path.open("a", encoding="utf-8") as file:
             for begin in range(len(answers), len(requests), self.batch):
                 new = self._generate(requests[begin : begin + self.batch])
-                file.write("".join(json.dumps(row) + "\n" for row in new))
+                file.write("".join(json.dumps(_row(tokens)) + "\n" for tokens in new))
                 file.flush()
                 answers += new
                 clock.advance(len(answers), sum(map(len, new)))
@@ -123,7 +124,16 @@ def _read(path: Path, header: dict[str, str], limit: int) -> list[list[int]]:
     rows = [parse_json(line, f"{path}, line {number}", DataError) for number, line in enumerate(lines, 1)]
     if not rows or rows[0] != header:
         return []
-    for number, row in enumerate(rows[1:], 2):
-        if not isinstance(row, list) or not row or not all(type(token) is int and 0 <= token < limit for token in row):
-            raise DataError(f"{path}, line {number}: damaged, as it should hold token ids; delete the file to go on")
-    return rows[1:]
+    return [_tokens(row, f"{path}, line {number}", limit) for number, row in enumerate(rows[1:], 2)]
+
+
+def _row(tokens: list[int]) -> dict[str, Any]:
+    return seal({"tokens": tokens})
+
+
+def _tokens(row: Any, where: str, limit: int) -> list[int]:
+    """The answer in a row, which in files of earlier releases is the bare list."""
+    tokens = open_sealed(row, where, DataError).get("tokens") if isinstance(row, dict) else row
+    if not isinstance(tokens, list) or not tokens or not all(type(t) is int and 0 <= t < limit for t in tokens):
+        raise DataError(f"{where}: damaged, as it should hold token ids; delete the file to go on")
+    return tokens

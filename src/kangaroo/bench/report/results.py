@@ -19,8 +19,9 @@ from kangaroo.bench.report.counting import AnswerRow, Count, corrected, legacy, 
 from kangaroo.bench.report.grid import OVERALL, Grid, arrange
 from kangaroo.bench.report.statistics import Summary, summarise
 from kangaroo.errors import DataError
-from kangaroo.inputs import is_file, read_object
+from kangaroo.inputs import is_file
 from kangaroo.loading import load_tokenizer
+from kangaroo.sealed import read_sealed
 
 ALIKE = ("machine", "commit", "dirty", "versions")
 """What must be the same for figures to stand side by side."""
@@ -141,7 +142,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE
     if not is_file(path):
         raise DataError(f"{folder} does not say where its records come from: {PROVENANCE} is missing")
-    facts = read_object(path, PROVENANCE, DataError)
+    facts = read_sealed(path, PROVENANCE, DataError)
     missing = [name for name in ALIKE if name not in facts]
     if missing:
         raise DataError(f"{path} does not say the run's {missing[0]}; run `kangaroo bench` again into a new folder")

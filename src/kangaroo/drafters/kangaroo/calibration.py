@@ -4,7 +4,6 @@ Measured at training time on held-out text that the target wrote, stored beside 
 """
 
 import bisect
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -72,7 +71,7 @@ class Calibration:
 def _chances(values: Any) -> tuple[float, ...]:
     """Probabilities, as a file should hold them."""
     numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    if not numbers or not all(math.isfinite(value) and 0 <= value <= 1 for value in values):
+    if not numbers or not all(0 <= value <= 1 for value in values):
         raise ValueError(f"chances are numbers in [0, 1], got {shown(values)}")
     return tuple(map(float, values))
 
