@@ -20,12 +20,13 @@ import torch
 from kangaroo.checks import shown
 from kangaroo.drafters.kangaroo.self_draft import SelfDraft
 from kangaroo.errors import ConfigError, ModelError
-from kangaroo.files import claim, write_text
+from kangaroo.files import write_text
 from kangaroo.loading import fastest_cpu_dtype, load_config
 from kangaroo.machine import synchronise
 from kangaroo.toml import lay_over
+from kangaroo.training import ranks
 from kangaroo.training.adapter import AdapterObjective
-from kangaroo.training.batches import Packed
+from kangaroo.training.batches import Packed, Share
 from kangaroo.training.checkpoint import find_progress
 from kangaroo.training.corpus import Corpus, Given, choose_documents
 from kangaroo.training.estimate import Plan
@@ -33,7 +34,7 @@ from kangaroo.training.floors import measure_floors
 from kangaroo.training.loop import Trainer
 from kangaroo.training.recipe import AdapterRecipe, parse_recipe
 from kangaroo.training.report import TrainingReport
-from kangaroo.training.run import begin_adapter, load_target
+from kangaroo.training.run import begin_adapter, joined_for, load_target
 from kangaroo.training.target_text import TargetText
 
 RATE, WIDTH = 3e-3, 576
@@ -67,26 +68,32 @@ def train_quickly(
     if not 0 < minutes < math.inf:
         raise ConfigError(f"--minutes must be a number > 0, got {minutes}")
     deadline = time.perf_counter() + 60 * minutes
-    with claim(output):
-        return _train_until(deadline, choose_recipe(model, output, settings), Given(paths), report)
+    recipe = choose_recipe(model, output, settings)
+    with joined_for(recipe):
+        return _train_until(deadline, recipe, Given(paths), report if ranks.is_first() else lambda _: None)
 
 
 def _train_until(deadline: float, recipe: AdapterRecipe, given: Given, report: TrainingReport) -> Path:
     target, tokenizer = load_target(recipe)
-    find_progress(recipe, {}, resume=False)
+    identity = {"data": given.digest, "target": target.fingerprint}
+    ranks.agree(identity)
+    progress = ranks.by_first(lambda: find_progress(recipe, identity, resume=False))
     make_objective = begin_adapter(target, recipe)
     training, held_out = choose_documents(given.files(), recipe.data, recipe.seed)
     author = TargetText(target, tokenizer, recipe, report)
-    kept, corpus = author.held_out(held_out), author.training(training)
+    kept, corpus = ranks.by_first(lambda: author.held_out(held_out)), author.training(training)
     objective = make_objective(kept, corpus)
     costs = StepCosts.measure(objective, Packed(corpus), recipe)
-    limit, steps = fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe)
+    limit, steps = ranks.by_first(lambda: fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe))
     corpus = author.training(training[:limit])
     objective = make_objective(kept, corpus)
     recipe = _with_schedule(recipe, limit, steps)
-    write_text(recipe.output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
-    report(_plan(objective, corpus, recipe, deadline - time.perf_counter()))
-    progress = find_progress(recipe, {"data": given.digest, "target": target.fingerprint}, resume=False)
+
+    def announce() -> None:
+        write_text(recipe.output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        report(_plan(objective, corpus, recipe, deadline - time.perf_counter()))
+
+    ranks.by_first(announce)
     return Trainer(objective, Packed(corpus), recipe, progress).fit(report)
 
 
@@ -143,7 +150,8 @@ class StepCosts:
         """Run two micro-batches, one of them twice; the first pays for allocations and kernels."""
         seconds = []
         for number in (0, 1, 1):
-            batch = batches.batch(number, *recipe.schedule.shape(0), recipe.seed).to(objective.device)
+            share = Share(batches, ranks.number(), ranks.count())
+            batch = share.batch(number, *recipe.schedule.shape(0), recipe.seed).to(objective.device)
             synchronise(objective.device)
             began = time.perf_counter()
             objective.loss(batch).total.backward()  # type: ignore[no-untyped-call]
