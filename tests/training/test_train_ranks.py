@@ -5,8 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from lesson import Lesson
 from torch import Tensor, nn
 
-from kangaroo.errors import CapacityError, ConfigError, KangarooError
+from kangaroo.errors import ConfigError, KangarooError
 from kangaroo.training import ranks
 from kangaroo.training.batches import Batch
 from kangaroo.training.checkpoint import Progress

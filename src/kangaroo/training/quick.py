@@ -3,8 +3,8 @@
 Everything else follows. The exit lies behind a sixteenth of the layers, as in the paper (2 of 32). Two whole layers are
 trained, and draft over a part of the vocabulary where that is large. AdamW's rate is 3e-3 up to a width of 576, where
 it was tried, and falls with the width beyond (Yang et al. 2022, arXiv 2203.03466: for hidden weights, in proportion to
-1 / width). The deep layers run once for every row of text, for at most SHARE_OF_STATES of the time; the rest goes to
-steps over rows whose states are kept.
+1 / width). The deep layers run once for every row of text, for at most SHARE_OF_STATES of the time, and evaluations
+take at most SHARE_OF_EVALUATIONS; the rest goes to steps over rows whose states are kept.
 """
 
 import json
@@ -41,8 +41,8 @@ RATE, WIDTH = 3e-3, 576
 LARGE, DRAFTED = 16384, 8192
 """A vocabulary beyond which drafting over a part of it pays, and that part."""
 ROWS, LENGTH = 4, 512
-SHARE_OF_STATES = 0.4
-EVALUATIONS, FEWEST_STEPS = 10, 20
+SHARE_OF_STATES, SHARE_OF_EVALUATIONS = 0.4, 0.2
+FEWEST_STEPS, FEWEST_EVALUATIONS, MOST_EVALUATIONS = 20, 2, 10
 RECIPE = "recipe.toml"
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "max_position_embeddings")
 """Of a model, by their names in its configuration."""
@@ -84,10 +84,10 @@ def _train_until(deadline: float, recipe: AdapterRecipe, given: Given, report: T
     kept, corpus = ranks.by_first(lambda: author.held_out(held_out)), author.training(training)
     objective = make_objective(kept, corpus)
     costs = StepCosts.measure(objective, Packed(corpus), recipe)
-    limit, steps = ranks.by_first(lambda: fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe))
-    corpus = author.training(training[:limit])
+    fit = ranks.by_first(lambda: fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe))
+    corpus = author.training(training[: fit.documents])
     objective = make_objective(kept, corpus)
-    recipe = _with_schedule(recipe, limit, steps)
+    recipe = _with_schedule(recipe, fit)
 
     def announce() -> None:
         write_text(recipe.output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
@@ -163,13 +163,25 @@ class StepCosts:
         return cls(seconds[1], seconds[2], seconds[2] * objective.evaluation_tokens / (rows * length))
 
 
-def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterRecipe) -> tuple[int, int]:
-    """(documents to learn from, steps) that take about so many seconds. Raises ConfigError if that is too few."""
-    left = seconds - EVALUATIONS * costs.evaluation
-    needed = EVALUATIONS * costs.evaluation + FEWEST_STEPS * costs.first
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What is done in the time."""
+
+    documents: int
+    """The first of the training documents, to learn from."""
+    steps: int
+    evaluations: int
+
+
+def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterRecipe) -> Fit:
+    """What takes about so many seconds. Raises ConfigError if they are too few."""
+    affordable = int(SHARE_OF_EVALUATIONS * seconds / costs.evaluation)
+    evaluations = max(FEWEST_EVALUATIONS, min(MOST_EVALUATIONS, affordable))
+    left = seconds - evaluations * costs.evaluation
+    needed = FEWEST_EVALUATIONS * costs.evaluation + FEWEST_STEPS * costs.first
     if left < FEWEST_STEPS * costs.first:
         raise ConfigError(
-            f"--minutes is too short: {FEWEST_STEPS} steps and their evaluations take about {needed / 60:.1f} minutes "
+            f"--minutes is too short: {FEWEST_STEPS} steps and {FEWEST_EVALUATIONS} evaluations take about {needed / 60:.1f} minutes "
             "here, beside what has passed already"
         )
     rows, length = recipe.schedule.shape(0)
@@ -179,14 +191,17 @@ def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterR
     chosen = packed[: known * rows]
     documents = 1 + max(index for row in chosen for index in row)
     steps = int((left - states * len(chosen) / rows) / costs.again)
-    return documents, max(FEWEST_STEPS, steps)
+    return Fit(documents, max(FEWEST_STEPS, steps), evaluations)
 
 
-def _with_schedule(recipe: AdapterRecipe, documents: int, steps: int) -> AdapterRecipe:
-    table = recipe.model_dump(mode="json")
-    table["data"]["limit"] = documents
+def _with_schedule(recipe: AdapterRecipe, fit: Fit) -> AdapterRecipe:
+    table, steps = recipe.model_dump(mode="json"), fit.steps
+    table["data"]["limit"] = fit.documents
     table["schedule"] |= {"steps": steps, "warmup_steps": min(50, steps // 10), "decay_steps": steps // 3}
-    table["run"] |= {"evaluate_every": max(1, steps // EVALUATIONS), "checkpoint_every": max(1, min(50, steps // 4))}
+    table["run"] |= {
+        "evaluate_every": max(1, steps // fit.evaluations),
+        "checkpoint_every": max(1, min(50, steps // 4)),
+    }
     found = parse_recipe(table, "--model")
     assert isinstance(found, AdapterRecipe)
     return found

@@ -49,7 +49,7 @@ def joined() -> Iterator[None]:
 
     Raises ConfigError if the others cannot be met.
     """
-    global _patient  # noqa: PLW0603 (torch.distributed is one per process too)
+    global _patient
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         yield
         return

@@ -235,7 +235,7 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
     if init in FRESH:
         adapter.initialise(recipe.seed, from_target=init == "target")
     else:
-        _take_over(adapter, demo.ADAPTER if init == "demo" else Path(init))
+        _take_over(adapter, demo.find_adapter(init))
     return adapter
 
 
