@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from lesson import Lesson
 from torch import Tensor, nn
 
 from kangaroo.errors import ConfigError, KangarooError
-from kangaroo.training import ranks
+from kangaroo.training import loop, ranks
 from kangaroo.training.batches import Batch
 from kangaroo.training.checkpoint import Progress
 from kangaroo.training.loop import Interrupted, Trainer
@@ -122,6 +124,18 @@ def test_a_refusal_of_the_first_reaches_the_others(make_lesson: MakeLesson) -> N
     assert "rank 1 has lost the others" in second
 
 
+def test_ranks_that_do_not_see_the_same_checkpoint(make_lesson: MakeLesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_lesson()
+    run.train(schedule__steps=4)
+
+    def work(number: int) -> object:
+        if number == 1:
+            monkeypatch.setattr(loop, "is_file", lambda path: False)
+        return run.train(resume=True)
+
+    assert all("the ranks differ: the checksum of the weights" in text for text in as_ranks(2, work))
+
+
 def test_a_killed_rank_does_not_leave_the_others_waiting(make_lesson: MakeLesson) -> None:
     run = make_lesson()
 
@@ -224,3 +238,17 @@ def test_no_other_to_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="cannot meet the other ranks"), ranks.joined():
         pass
+
+
+@pytest.mark.slow
+def test_from_the_command_line(make_lesson: MakeLesson) -> None:
+    alone, together = make_lesson(), make_lesson()
+    alone.train()
+    kangaroo = "import sys; from kangaroo.cli import main; sys.argv[0] = 'kangaroo'; main()"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    verb = [sys.executable, "-c", kangaroo, "train", str(together.recipe), "--data", str(together.data)]
+    done = subprocess.run([*torchrun, *verb], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best weights:") == 1
+    assert done.stderr.count("trained parameters;") == 1
+    close(together.rows(), alone.rows())

@@ -51,7 +51,7 @@ def save_state(
         "best": json.dumps(progress.best),
         "recipe": json.dumps(progress.recipe),
         "identity": json.dumps(dict(progress.identity)),
-        "checksum": _checksum(tensors),
+        "checksum": tensors_checksum(tensors),
     }
     metadata["facts"] = facts_checksum(metadata)
     write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
@@ -86,7 +86,7 @@ def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: to
             checksum = (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError) as error:
         raise DataError(f"cannot resume from {path}: {error}") from None
-    if checksum is not None and checksum != _checksum(tensors):
+    if checksum is not None and checksum != tensors_checksum(tensors):
         raise DataError(f"cannot resume from {path}: its content is damaged (checksum)")
     saved = {name.removeprefix("parameter/"): t.shape for name, t in tensors.items() if name.startswith("parameter/")}
     wanted = {name: parameter.shape for name, parameter in parameters.items()}
@@ -101,7 +101,8 @@ def load_state(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: to
             optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of tensors on the CPU, by name."""
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)

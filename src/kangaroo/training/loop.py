@@ -20,7 +20,7 @@ from kangaroo.errors import CapacityError, ConfigError, KangarooError
 from kangaroo.inputs import is_file
 from kangaroo.training import ranks
 from kangaroo.training.batches import Batches, Share
-from kangaroo.training.checkpoint import STATE, Progress, load_state, save_state, training_provenance
+from kangaroo.training.checkpoint import STATE, Progress, load_state, save_state, tensors_checksum, training_provenance
 from kangaroo.training.estimate import estimate
 from kangaroo.training.metrics import Metrics, Unwritten
 from kangaroo.training.objective import Objective
@@ -92,6 +92,9 @@ class Trainer:
             load_state(self.folder / STATE, objective.parameters(), self.optimizer)
         elif ranks.is_first():
             self.checkpoint()
+        if ranks.count() > 1:
+            weights = {name: p.detach().cpu() for name, p in objective.parameters().items()}
+            ranks.agree({"the checksum of the weights": tensors_checksum(weights)})
 
     def fit(self, report: TrainingReport) -> Path:
         """Train; returns the folder of the best weights.

@@ -42,7 +42,8 @@ LARGE, DRAFTED = 16384, 8192
 """A vocabulary beyond which drafting over a part of it pays, and that part."""
 ROWS, LENGTH = 4, 512
 SHARE_OF_STATES, SHARE_OF_EVALUATIONS = 0.4, 0.2
-FEWEST_STEPS, FEWEST_EVALUATIONS, MOST_EVALUATIONS = 20, 2, 10
+FEWEST_STEPS, FEWEST_BATCHES = 20, 5
+FEWEST_EVALUATIONS, MOST_EVALUATIONS = 2, 10
 RECIPE = "recipe.toml"
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "max_position_embeddings")
 """Of a model, by their names in its configuration."""
@@ -178,16 +179,17 @@ def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterR
     affordable = int(SHARE_OF_EVALUATIONS * seconds / costs.evaluation)
     evaluations = max(FEWEST_EVALUATIONS, min(MOST_EVALUATIONS, affordable))
     left = seconds - evaluations * costs.evaluation
-    needed = FEWEST_EVALUATIONS * costs.evaluation + FEWEST_STEPS * costs.first
-    if left < FEWEST_STEPS * costs.first:
+    states = max(0.0, costs.first - costs.again)
+    shortest = FEWEST_BATCHES * states + FEWEST_STEPS * costs.again
+    if left < shortest:
+        needed = FEWEST_EVALUATIONS * costs.evaluation + shortest
         raise ConfigError(
-            f"--minutes is too short: {FEWEST_STEPS} steps and {FEWEST_EVALUATIONS} evaluations take about {needed / 60:.1f} minutes "
-            "here, beside what has passed already"
+            f"--minutes is too short: {FEWEST_STEPS} steps and {FEWEST_EVALUATIONS} evaluations take about "
+            f"{needed / 60:.1f} minutes here, beside what has passed already"
         )
     rows, length = recipe.schedule.shape(0)
     packed = batches.rows(length)
-    states = max(0.0, costs.first - costs.again)
-    known = max(FEWEST_STEPS, int(SHARE_OF_STATES * left / max(states, 1e-9)))
+    known = max(FEWEST_BATCHES, int(SHARE_OF_STATES * left / max(states, 1e-9)))
     chosen = packed[: known * rows]
     documents = 1 + max(index for row in chosen for index in row)
     steps = int((left - states * len(chosen) / rows) / costs.again)

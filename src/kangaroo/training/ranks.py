@@ -33,14 +33,18 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Is this process the one that writes? torchrun says so before the ranks have met, and after."""
+    return number() == 0 if dist.is_initialized() else _is_alone() or os.environ["RANK"] == "0"
+
+
 def number() -> int:
     """Which of them this process is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
-    """Is it the one that writes?"""
-    return number() == 0
+def _is_alone() -> bool:
+    return "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def joined() -> Iterator[None]:
     Raises ConfigError if the others cannot be met.
     """
     global _patient
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+    if _is_alone() or dist.is_initialized():
         yield
         return
     try:

@@ -130,6 +130,14 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
         identity["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     ranks.agree(identity)
     progress = ranks.by_first(lambda: find_progress(recipe, identity, resume=resume))
+    tokenizer, learnt, kept = ranks.by_first(lambda: _tokenize_all(recipe, paths, tokenizer))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
+    return Trainer(NextToken(model, tokenizer, kept, recipe.run), learnt, recipe, progress).fit(report)
+
+
+def _tokenize_all(recipe: TargetRecipe, paths: Sequence[Path], tokenizer: Any) -> tuple[Any, Joined, Joined]:
+    """(tokenizer, training text, held-out text); the tokenizer is trained if there is none."""
     training, held_out = choose_documents(paths, recipe.data, recipe.seed)
     if tokenizer is None:
         assert recipe.model.vocab_size is not None, "the recipe has one of the two"
@@ -138,9 +146,7 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
     learnt, kept = (
         Joined(tokenize(part, tokenizer, assistant_only=recipe.data.assistant_only)) for part in (training, held_out)
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
-    return Trainer(NextToken(model, tokenizer, kept, recipe.run), learnt, recipe, progress).fit(report)
+    return tokenizer, learnt, kept
 
 
 def take_tokenizer(name: str) -> Any:
