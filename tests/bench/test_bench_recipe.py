@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from kangaroo import demo
 from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
 from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
@@ -23,6 +24,12 @@ def test_the_shipped_recipe_is_valid() -> None:
     recipe = read_bench_recipe(ROOT / "recipes" / "spec-bench.toml", {"questions": "mine.jsonl"})
     assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "auto", 2, "mine.jsonl")
     assert {"kangaroo", "kangaroo-tree", "early-exit", "transformers"} <= {method.name for method in recipe.methods}
+
+
+def test_the_demos_adapters_by_their_names() -> None:
+    assert demo.find_adapter("demo") == demo.ADAPTER
+    assert demo.find_adapter("demo-paper") == demo.ADAPTER.with_name("adapter-paper")
+    assert demo.find_adapter("runs/mine/best") == Path("runs/mine/best")
 
 
 @pytest.mark.parametrize(
