@@ -23,7 +23,8 @@ from kangaroo.training.batches import Batch
 from kangaroo.training.checkpoint import Progress
 from kangaroo.training.loop import Interrupted, Trainer
 from kangaroo.training.objective import Loss
-from kangaroo.training.recipe import Recipe, ScheduleSection
+from kangaroo.training.quick import RECIPE, train_quickly
+from kangaroo.training.recipe import Recipe, ScheduleSection, read_recipe
 from kangaroo.training.report import Update
 
 MakeLesson = Callable[..., Lesson]
@@ -238,6 +239,29 @@ def test_no_other_to_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(ConfigError, match="cannot meet the other ranks"), ranks.joined():
         pass
+
+
+@pytest.mark.slow
+def test_without_a_recipe(make_lesson: MakeLesson, target_folder: Path) -> None:
+    run, news = make_lesson(), list[Any]()
+    small: dict[str, Any] = {
+        "data.held_out": 6,
+        "evaluation": {"prompts": 4, "max_tokens": 12},
+        "schedule": {"batch_sequences": 2, "sequence_length": 64},
+        "run": {"mixed_precision": "off", "dtype": "float32"},
+    }
+
+    def work(_: int) -> tuple[Path, int]:
+        best = train_quickly(
+            str(target_folder), [run.data], news.append, minutes=0.3, output=run.output, settings=small
+        )
+        return best, len(news)
+
+    first, second = as_ranks(2, work)
+    assert first[0] == second[0] == run.output / "best"
+    assert first[1] > second[1] == 0
+    recipe = read_recipe(run.output / RECIPE)
+    assert len([row for row in run.rows() if "loss" in row]) == recipe.schedule.steps >= 20
 
 
 @pytest.mark.slow
