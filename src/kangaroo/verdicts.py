@@ -25,7 +25,8 @@ class Verdicts:
             "device": "cpu" if device.type == "cpu" else device_name(),
             "libraries": versions(),
         }
-        self._path = cache_folder() / "trials" / f"{_digest(self._of)[:16]}.json"
+        name = hashlib.sha256(json.dumps(self._of, sort_keys=True).encode()).hexdigest()[:16]
+        self._path = cache_folder() / "trials" / f"{name}.json"
         self._known = self._read()
         self._new: dict[str, Any] = {}
 

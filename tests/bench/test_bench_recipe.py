@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from kangaroo import demo
 from kangaroo.bench.recipe import BenchRecipe, read_bench_recipe
 from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
@@ -12,6 +13,7 @@ from kangaroo.toml import parse_table
 
 ROOT = Path(__file__).parents[2]
 METHOD = {"name": "a", "drafter": "early-exit"}
+EXPERIMENTS = ["threshold", "exit-layer", "domains"]
 
 
 def parse(**keys: Any) -> BenchRecipe:
@@ -22,6 +24,35 @@ def test_the_shipped_recipe_is_valid() -> None:
     recipe = read_bench_recipe(ROOT / "recipes" / "spec-bench.toml", {"questions": "mine.jsonl"})
     assert (recipe.max_tokens, recipe.dtype, recipe.threads, recipe.questions) == (128, "auto", 2, "mine.jsonl")
     assert {"kangaroo", "kangaroo-tree", "early-exit", "transformers"} <= {method.name for method in recipe.methods}
+
+
+def test_the_demos_adapters_by_their_names() -> None:
+    assert demo.find_adapter("demo") == demo.ADAPTER
+    assert demo.find_adapter("demo-paper") == demo.ADAPTER.with_name("adapter-paper")
+    assert demo.find_adapter("runs/mine/best") == Path("runs/mine/best")
+
+
+@pytest.mark.parametrize(
+    "name", ["spec-bench-kangaroo", "spec-bench-sampled", *(f"experiments/{n}" for n in EXPERIMENTS)]
+)
+def test_so_are_the_others_of_the_demo(name: str) -> None:
+    for quick in {False, name.startswith("experiments")}:
+        recipe = read_bench_recipe(ROOT / "recipes" / f"{name}.toml", quick=quick)
+        assert recipe.model == "demo"
+        assert recipe.threads == 2
+
+
+def test_optional_methods_are_left_out_without_their_files(tmp_path: Path) -> None:
+    (tmp_path / "there.rest").touch()
+    rest = {"name": "rest", "drafter": "rest", "optional": True, "datastore": str(tmp_path / "there.rest")}
+    heads = {"name": "heads", "drafter": "medusa", "optional": True, "heads": str(tmp_path / "gone")}
+    peer = {"name": "peer", "kind": "transformers", "optional": True, "draft_model": str(tmp_path / "gone")}
+    shipped = {"name": "shipped", "drafter": "kangaroo", "optional": True, "adapter": "demo"}
+    recipe, lacking = parse(methods=[METHOD, rest, heads, peer, shipped]).without_missing()
+    assert [method.name for method in recipe.methods] == ["a", "rest", "shipped"]
+    assert lacking == {"heads": f"no heads in {tmp_path / 'gone'}", "peer": f"no draft_model in {tmp_path / 'gone'}"}
+    # Those that are not optional stay, to fail by name.
+    assert parse(methods=[{**heads, "optional": False}]).without_missing()[1] == {}
 
 
 @pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "none"])
@@ -52,6 +83,7 @@ def test_every_repeat_is_another_sample_of_the_same_seed() -> None:
         ({"methods": [{"name": "a"}]}, "needs a drafter"),
         ({"methods": [{**METHOD, "kind": "transformers"}]}, 'kind "transformers" has none'),
         ({"methods": [{"name": "a", "drafter": "eagle"}]}, "drafter must be one of .*got 'eagle'"),
+        ({"methods": [{**METHOD, "optional": True}]}, "a: optional is for a method that names the file or folder"),
         ({"sampling": {"temperature": 1e-9}}, "sampling: temperature must be"),
         ({"sampling": {"top_p": 2}}, r"sampling: top_p must be in \(0, 1\], got 2"),
         (

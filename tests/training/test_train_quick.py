@@ -13,7 +13,7 @@ from kangaroo.errors import ConfigError, DataError, ModelError
 from kangaroo.files import claim
 from kangaroo.training.estimate import Plan
 from kangaroo.training.floors import EarlyExit, Trigram, measure_floors
-from kangaroo.training.quick import RECIPE, StepCosts, choose_recipe, fit_into, to_toml, train_quickly
+from kangaroo.training.quick import RECIPE, Fit, StepCosts, choose_recipe, fit_into, to_toml, train_quickly
 from kangaroo.training.recipe import AdapterRecipe, read_recipe
 from kangaroo.training.run import load_target, train
 
@@ -98,14 +98,17 @@ def test_states_get_their_share_and_steps_the_rest(make_lesson: MakeLesson) -> N
     recipe = objective.recipe
     rows, all_rows = recipe.schedule.batch_sequences, len(packed.rows(64))
     cheap = fit_into(100.0, StepCosts(first=0.1, again=0.1, evaluation=1.0), packed, recipe)
-    assert cheap == (len(packed.corpus), 900)
-    # States cost ten times a step: at most 0.4 of the time goes to them, or as much as the fewest steps need.
-    documents, steps = fit_into(100.0, StepCosts(first=1.1, again=0.1, evaluation=1.0), packed, recipe)
-    chosen = min(all_rows, max(20, int(0.4 * 90 / 1.0)) * rows)
-    assert documents == 1 + max(i for row in packed.rows(64)[:chosen] for i in row)
-    assert steps == int((90 - 1.0 * chosen / rows) / 0.1)
+    assert cheap == Fit(len(packed.corpus), 900, 10)
+    # States cost ten times a step: at most 0.4 of the time goes to them, or as much as the fewest batches need.
+    fit = fit_into(100.0, StepCosts(first=1.1, again=0.1, evaluation=1.0), packed, recipe)
+    chosen = min(all_rows, max(5, int(0.4 * 90 / 1.0)) * rows)
+    assert fit.documents == 1 + max(i for row in packed.rows(64)[:chosen] for i in row)
+    assert fit.steps == int((90 - 1.0 * chosen / rows) / 0.1)
+    # Evaluations take a fifth of the time, or as much as the fewest of them need.
+    assert fit_into(100.0, StepCosts(first=0.1, again=0.1, evaluation=4.0), packed, recipe).evaluations == 5
+    assert fit_into(100.0, StepCosts(first=0.1, again=0.1, evaluation=40.0), packed, recipe).evaluations == 2
     with pytest.raises(ConfigError, match="--minutes is too short"):
-        fit_into(100.0, StepCosts(first=5.0, again=0.1, evaluation=1.0), packed, recipe)
+        fit_into(100.0, StepCosts(first=20.0, again=0.1, evaluation=1.0), packed, recipe)
 
 
 def test_floors_are_what_they_say(make_lesson: MakeLesson) -> None:

@@ -18,10 +18,20 @@ MakeLesson = Callable[..., Lesson]
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("target", "target"), ("draft-model", "target"), ("adapter", "adapter"), ("medusa", "medusa")],
+    [
+        ("little/target", "target"),
+        ("little/draft-model", "target"),
+        ("little/adapter", "adapter"),
+        ("little/medusa", "medusa"),
+        ("smollm2-adapter", "adapter"),
+        ("smollm2-adapter-paper", "adapter"),
+        ("smollm2-medusa", "medusa"),
+        ("smollm2-draft-model", "target"),
+        ("experiments/adapter", "adapter"),
+    ],
 )
 def test_shipped_recipes_are_valid(name: str, kind: str) -> None:
-    assert read_recipe(ROOT / "recipes" / "little" / f"{name}.toml").kind == kind
+    assert read_recipe(ROOT / "recipes" / f"{name}.toml").kind == kind
 
 
 @pytest.mark.parametrize(

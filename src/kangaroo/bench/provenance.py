@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kangaroo import demo
 from kangaroo.bench.recipe import BenchRecipe
 from kangaroo.bench.records import RECORDS
 from kangaroo.decoder import Decoder
-from kangaroo.drafters import find_drafter
 from kangaroo.errors import ConfigError, DataError
 from kangaroo.inputs import is_file, is_folder
 from kangaroo.machine import surroundings
@@ -107,10 +107,11 @@ def _files(recipe: BenchRecipe, decoder: Decoder, trained: Mapping[str, Path]) -
     """SHA-256 of what each method was trained or built with, by method, where it lies on this disk."""
     digests = {}
     for method in recipe.methods:
-        key = find_drafter(method.drafter).files if method.drafter else "draft_model"
-        path = trained.get(method.name, method.settings.get(key, decoder.files.get(key)) if key else None)
-        if path is not None and (is_file(Path(path)) or is_folder(Path(path))):
-            digests[method.name] = digest(Path(path))
+        key = method.files
+        named = trained.get(method.name, method.settings.get(key, decoder.files.get(key)) if key else None)
+        path = None if named is None else demo.find_adapter(named)
+        if path is not None and (is_file(path) or is_folder(path)):
+            digests[method.name] = digest(path)
     return digests
 
 

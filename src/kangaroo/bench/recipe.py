@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import ConfigDict, Field, model_validator
 
+from kangaroo import demo
 from kangaroo.accept import RULES
 from kangaroo.bench.experiment import NAME, ExperimentSection, TrainingSection, TrainSection, VarySection
 from kangaroo.bench.records import BASELINE
@@ -51,6 +52,8 @@ class MethodSection(Section):
     """For kind "drafter": its name in DRAFTERS."""
     rule: str = "match"
     """For kind "drafter": which drafted tokens survive (`accept.py`). By "reject" texts are not plain decoding's."""
+    optional: bool = False
+    """Leave it out, and say so, where the file or folder that it names is not there; otherwise that is an error."""
     train: TrainSection | None = None
     """Train what it drafts with before measuring."""
     at: float | str | None = None
@@ -63,6 +66,11 @@ class MethodSection(Section):
         """Those of its drafter or peer."""
         return dict(self.model_extra or {})
 
+    @property
+    def files(self) -> str | None:
+        """The setting that names what it loads, if it loads anything of its own."""
+        return find_drafter(self.drafter).files if self.drafter is not None else "draft_model"
+
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         if not NAME.fullmatch(self.name):
@@ -73,7 +81,9 @@ class MethodSection(Section):
             raise ValueError(f'{self.name}: kind "drafter" needs a drafter, and kind "transformers" has none')
         if self.rule not in RULES:
             raise ValueError(f"{self.name}: rule must be one of {', '.join(RULES)}, got {self.rule!r}")
-        files = find_drafter(self.drafter).files if self.drafter is not None else None
+        files = self.files if self.drafter is not None else None
+        if self.optional and self.settings.get(self.files or "") is None:
+            raise ValueError(f"{self.name}: optional is for a method that names the file or folder it loads")
         if self.train is not None and files is None:
             raise ValueError(f"{self.name}: {self.drafter or self.kind} is not trained; leave train out")
         if self.train is not None and files in self.settings:
@@ -174,6 +184,17 @@ class BenchRecipe(Section):
             raise ValueError("[training], or --data, is for methods that are trained, and no method has a train")
         self.by_value()
         return self
+
+    def without_missing(self) -> "tuple[BenchRecipe, dict[str, str]]":
+        """Without the optional methods whose files are not there, and what each of these lacks, by name."""
+        lacking = {}
+        for method in self.methods:
+            if method.optional and method.files is not None:
+                path = demo.find_adapter(str(method.settings[method.files]))
+                if not path.exists():
+                    lacking[method.name] = f"no {method.files} in {path}"
+        kept = tuple(method for method in self.methods if method.name not in lacking)
+        return self.model_copy(update={"methods": kept}), lacking
 
     def by_value(self) -> "dict[str, BenchRecipe]":
         """The runs of a sweep by the value of what varies, which names their folders too; none if nothing does.

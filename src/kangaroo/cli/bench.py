@@ -40,7 +40,9 @@ def bench(
     given["threads"] = threads
     given["training.data"] = [str(path.resolve()) for path in data] if data else None
     changes = {key: value for key, value in given.items() if value is not None}
-    settings = read_bench_recipe(recipe, changes, quick=quick)
+    settings, lacking = read_bench_recipe(recipe, changes, quick=quick).without_missing()
+    for name, reason in lacking.items():
+        notes.print(f"left out: {name} ({reason})", style="dim")
     trained = train_methods(settings, recipe.parent, _train, lambda each: read_recipe(each.recipe, each.changes))
     if settings.vary is None:
         with countdown("questions answered by all methods") as report:

@@ -9,6 +9,7 @@ import typer
 from kangaroo.cli.options import Threads, set_threads
 from kangaroo.cli.terminal import notes, out, training_progress
 from kangaroo.errors import ConfigError
+from kangaroo.training import ranks
 from kangaroo.training.loop import Interrupted
 from kangaroo.training.quick import RECIPE, train_quickly
 from kangaroo.training.report import TrainingReport
@@ -54,7 +55,8 @@ def train(
     except Interrupted as stop:
         notes.print(str(stop))
         raise typer.Exit(130) from None
-    out.print(f"best weights: {folder}")
+    if ranks.is_first():
+        out.print(f"best weights: {folder}")
 
 
 def _without_recipe(

@@ -51,6 +51,19 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Of each micro-batch every `count`-th row, from row `first` on: what one of `count` ranks runs."""
+
+    batches: Batches
+    first: int
+    count: int
+
+    def batch(self, number: int, rows: int, length: int, seed: int) -> Batch:
+        """Its part of a micro-batch of `rows` sequences."""
+        return self.batches.batch(number, rows, length, seed)[self.first :: self.count]
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
     """All documents as one row of tokens, cut into blocks wherever they end: every token is used, none is padding."""
 

@@ -1,9 +1,11 @@
 """What a run will take, before it starts: memory by counting, time by trying."""
 
+import math
 import time
 from dataclasses import dataclass
 
 from kangaroo.machine import available_bytes, synchronise
+from kangaroo.training import ranks
 from kangaroo.training.batches import Batches
 from kangaroo.training.objective import Objective
 from kangaroo.training.recipe import Recipe
@@ -90,7 +92,7 @@ def estimate(objective: Objective, batches: Batches, recipe: Recipe, *, step: in
         parameters=count,
         frozen_bytes=objective.frozen_bytes,
         training_bytes=count * BYTES_PER_TRAINED,
-        activation_bytes=max(objective.activation_bytes(*shape) for shape in shapes),
+        activation_bytes=max(objective.activation_bytes(math.ceil(r / ranks.count()), length) for r, length in shapes),
         available_bytes=available_bytes(objective.device),
         seconds_per_step=per_token * schedule.accumulate * schedule.batch_sequences * schedule.sequence_length,
         seconds=per_token * (sum(tokens) + evaluations * objective.evaluation_tokens),

@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 
 from kangaroo.errors import CapacityError, ConfigError, KangarooError
 from kangaroo.inputs import is_file
-from kangaroo.training.batches import Batches
+from kangaroo.tensors import checksum
+from kangaroo.training import ranks
+from kangaroo.training.batches import Batches, Share
 from kangaroo.training.checkpoint import STATE, Progress, load_state, save_state, training_provenance
 from kangaroo.training.estimate import estimate
-from kangaroo.training.metrics import Metrics
+from kangaroo.training.metrics import Metrics, Unwritten
 from kangaroo.training.objective import Objective
 from kangaroo.training.recipe import OptimizerSection, Recipe
 from kangaroo.training.report import Clock, TrainingReport
@@ -75,21 +77,25 @@ def make_optimizer(objective: Objective, settings: OptimizerSection) -> torch.op
 
 
 class Trainer:
-    """A run from where it stands to the last step of its recipe.
+    """A run from where it stands to the last step of its recipe, by one process or by several ranks together.
 
     The state is saved before the first step, so that a run can be resumed from any moment of its life; metrics rows
     and best weights written after the last checkpoint are written again, identically, when it is.
     """
 
     def __init__(self, objective: Objective, batches: Batches, recipe: Recipe, progress: Progress):
-        self.objective, self.batches, self.recipe = objective, batches, recipe
+        self.objective, self.recipe = objective, recipe
+        self.batches = Share(batches, ranks.number(), ranks.count())
         self.folder, self.identity = recipe.output, progress.identity
         self.step, self.best = progress.step, progress.best
         self.optimizer = make_optimizer(objective, recipe.optimizer)
         if is_file(self.folder / STATE):
             load_state(self.folder / STATE, objective.parameters(), self.optimizer)
-        else:
+        elif ranks.is_first():
             self.checkpoint()
+        if ranks.count() > 1:
+            weights = {name: p.detach().cpu() for name, p in objective.parameters().items()}
+            ranks.agree({"the checksum of the weights": checksum(weights)})
 
     def fit(self, report: TrainingReport) -> Path:
         """Train; returns the folder of the best weights.
@@ -97,9 +103,9 @@ class Trainer:
         Raises Interrupted after Ctrl-C, ConfigError if the loss is not finite, CapacityError if memory or disk do not
         suffice; the last checkpoint is intact in every case.
         """
-        run, steps = self.recipe.run, self.recipe.schedule.steps
+        run, steps, first = self.recipe.run, self.recipe.schedule.steps, ranks.is_first()
         with (
-            Metrics(self.folder, self.step, tensorboard=run.tensorboard) as metrics,
+            Metrics(self.folder, self.step, tensorboard=run.tensorboard) if first else Unwritten() as metrics,
             Interruption() as interruption,
         ):
             if self.step < steps:
@@ -113,33 +119,23 @@ class Trainer:
                     metrics.record(row)
                 clock.advance(self.step, self.tokens_per_step(self.step - 1), row)
                 if self._due(run.evaluate_every):
-                    self._evaluate(metrics, clock)
-                if self._due(run.checkpoint_every) or interruption.requested:
+                    ranks.by_first(lambda: self._evaluate(metrics, clock))
+                stop = ranks.on_any(interruption.requested)
+                if first and (self._due(run.checkpoint_every) or stop):
                     with self._writing():
                         metrics.sync()
                     self.checkpoint()
-                if interruption.requested and self.step < steps:
+                if stop and self.step < steps:
                     raise Interrupted(self.folder, self.step)
         return self.folder / BEST
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step over all its micro-batches; returns the row for the metrics file."""
         began, schedule, step = time.perf_counter(), self.recipe.schedule, self.step
-        rows, length = schedule.shape(step)
-        total, tokens, extra = 0.0, 0, dict[str, float]()
-        for micro in range(schedule.accumulate):
-            batch = self.batches.batch(step * schedule.accumulate + micro, rows, length, self.recipe.seed)
-            loss = self.objective.loss(batch.to(self.objective.device))
-            loss.total.backward()  # type: ignore[no-untyped-call]
-            total, tokens = total + float(loss.total.detach()), tokens + loss.tokens
-            extra = {name: extra.get(name, 0.0) + value for name, value in loss.extra.items()}
+        means = self._gradients(step)
         parameters = list(self.objective.parameters().values())
-        for parameter in parameters:
-            if parameter.grad is not None:
-                # Sums of token losses were added up, so that micro-batches count by their tokens.
-                parameter.grad.div_(max(1, tokens))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm))
-        self._refuse_divergence(total, norm)
+        self._refuse_divergence(means["loss"], norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.learning_rate * schedule.learning_rate_factor(step)
         self.optimizer.step()
@@ -147,12 +143,31 @@ class Trainer:
         self.step += 1
         return {
             "step": self.step,
-            "loss": total / max(1, tokens),
-            **{name: value / max(1, tokens) for name, value in extra.items()},
+            **means,
             "gradient_norm": norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens_per_second": self.tokens_per_step(step) / (time.perf_counter() - began),
         }
+
+    def _gradients(self, step: int) -> dict[str, float]:
+        """Give the parameters their gradients of a step, means over its tokens; returns the loss and its company."""
+        schedule = self.recipe.schedule
+        sums = dict[str, float]()
+        for micro in range(schedule.accumulate):
+            batch = self.batches.batch(step * schedule.accumulate + micro, *schedule.shape(step), self.recipe.seed)
+            loss = self.objective.loss(batch.to(self.objective.device))
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            found = {"tokens": loss.tokens, "loss": float(loss.total.detach()), **loss.extra}
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+        joint = torch.tensor(list(sums.values()), dtype=torch.float64)
+        ranks.add_up(joint)
+        tokens, *values = joint.tolist()
+        for parameter in self.objective.parameters().values():
+            if parameter.grad is not None:
+                # Sums of token losses were added up, so that micro-batches and ranks count by their tokens.
+                ranks.add_up(parameter.grad)
+                parameter.grad.div_(max(1, tokens))
+        return {name: value / max(1, tokens) for name, value in zip(list(sums)[1:], values, strict=True)}
 
     def tokens_per_step(self, step: int) -> int:
         """Input tokens of an optimiser step, padding included."""

@@ -53,6 +53,24 @@ class Metrics:
             self._board.close()
 
 
+class Unwritten(Metrics):
+    """Of a rank that is not the first, which writes them."""
+
+    def __init__(self) -> None:
+        pass
+
+    def record(self, row: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Rows of a metrics file; a last line cut short by a kill is left out. A missing file has no rows.
 

@@ -3,8 +3,8 @@
 Everything else follows. The exit lies behind a sixteenth of the layers, as in the paper (2 of 32). Two whole layers are
 trained, and draft over a part of the vocabulary where that is large. AdamW's rate is 3e-3 up to a width of 576, where
 it was tried, and falls with the width beyond (Yang et al. 2022, arXiv 2203.03466: for hidden weights, in proportion to
-1 / width). The deep layers run once for every row of text, for at most SHARE_OF_STATES of the time; the rest goes to
-steps over rows whose states are kept.
+1 / width). The deep layers run once for every row of text, for at most SHARE_OF_STATES of the time, and evaluations
+take at most SHARE_OF_EVALUATIONS; the rest goes to steps over rows whose states are kept.
 """
 
 import json
@@ -20,12 +20,13 @@ import torch
 from kangaroo.checks import shown
 from kangaroo.drafters.kangaroo.self_draft import SelfDraft
 from kangaroo.errors import ConfigError, ModelError
-from kangaroo.files import claim, write_text
+from kangaroo.files import write_text
 from kangaroo.loading import fastest_cpu_dtype, load_config
 from kangaroo.machine import synchronise
 from kangaroo.toml import lay_over
+from kangaroo.training import ranks
 from kangaroo.training.adapter import AdapterObjective
-from kangaroo.training.batches import Packed
+from kangaroo.training.batches import Packed, Share
 from kangaroo.training.checkpoint import find_progress
 from kangaroo.training.corpus import Corpus, Given, choose_documents
 from kangaroo.training.estimate import Plan
@@ -33,15 +34,16 @@ from kangaroo.training.floors import measure_floors
 from kangaroo.training.loop import Trainer
 from kangaroo.training.recipe import AdapterRecipe, parse_recipe
 from kangaroo.training.report import TrainingReport
-from kangaroo.training.run import begin_adapter, load_target
+from kangaroo.training.run import begin_adapter, joined_for, load_target
 from kangaroo.training.target_text import TargetText
 
 RATE, WIDTH = 3e-3, 576
 LARGE, DRAFTED = 16384, 8192
 """A vocabulary beyond which drafting over a part of it pays, and that part."""
 ROWS, LENGTH = 4, 512
-SHARE_OF_STATES = 0.4
-EVALUATIONS, FEWEST_STEPS = 10, 20
+SHARE_OF_STATES, SHARE_OF_EVALUATIONS = 0.4, 0.2
+FEWEST_STEPS, FEWEST_BATCHES = 20, 5
+FEWEST_EVALUATIONS, MOST_EVALUATIONS = 2, 10
 RECIPE = "recipe.toml"
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "max_position_embeddings")
 """Of a model, by their names in its configuration."""
@@ -67,26 +69,32 @@ def train_quickly(
     if not 0 < minutes < math.inf:
         raise ConfigError(f"--minutes must be a number > 0, got {minutes}")
     deadline = time.perf_counter() + 60 * minutes
-    with claim(output):
-        return _train_until(deadline, choose_recipe(model, output, settings), Given(paths), report)
+    recipe = choose_recipe(model, output, settings)
+    with joined_for(recipe):
+        return _train_until(deadline, recipe, Given(paths), report if ranks.is_first() else lambda _: None)
 
 
 def _train_until(deadline: float, recipe: AdapterRecipe, given: Given, report: TrainingReport) -> Path:
     target, tokenizer = load_target(recipe)
-    find_progress(recipe, {}, resume=False)
+    identity = {"data": given.digest, "target": target.fingerprint}
+    ranks.agree(identity)
+    progress = ranks.by_first(lambda: find_progress(recipe, identity, resume=False))
     make_objective = begin_adapter(target, recipe)
     training, held_out = choose_documents(given.files(), recipe.data, recipe.seed)
     author = TargetText(target, tokenizer, recipe, report)
-    kept, corpus = author.held_out(held_out), author.training(training)
+    kept, corpus = ranks.by_first(lambda: author.held_out(held_out)), author.training(training)
     objective = make_objective(kept, corpus)
     costs = StepCosts.measure(objective, Packed(corpus), recipe)
-    limit, steps = fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe)
-    corpus = author.training(training[:limit])
+    fit = ranks.by_first(lambda: fit_into(deadline - time.perf_counter(), costs, Packed(corpus), recipe))
+    corpus = author.training(training[: fit.documents])
     objective = make_objective(kept, corpus)
-    recipe = _with_schedule(recipe, limit, steps)
-    write_text(recipe.output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
-    report(_plan(objective, corpus, recipe, deadline - time.perf_counter()))
-    progress = find_progress(recipe, {"data": given.digest, "target": target.fingerprint}, resume=False)
+    recipe = _with_schedule(recipe, fit)
+
+    def announce() -> None:
+        write_text(recipe.output / RECIPE, to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+        report(_plan(objective, corpus, recipe, deadline - time.perf_counter()))
+
+    ranks.by_first(announce)
     return Trainer(objective, Packed(corpus), recipe, progress).fit(report)
 
 
@@ -143,7 +151,8 @@ class StepCosts:
         """Run two micro-batches, one of them twice; the first pays for allocations and kernels."""
         seconds = []
         for number in (0, 1, 1):
-            batch = batches.batch(number, *recipe.schedule.shape(0), recipe.seed).to(objective.device)
+            share = Share(batches, ranks.number(), ranks.count())
+            batch = share.batch(number, *recipe.schedule.shape(0), recipe.seed).to(objective.device)
             synchronise(objective.device)
             began = time.perf_counter()
             objective.loss(batch).total.backward()  # type: ignore[no-untyped-call]
@@ -155,30 +164,46 @@ class StepCosts:
         return cls(seconds[1], seconds[2], seconds[2] * objective.evaluation_tokens / (rows * length))
 
 
-def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterRecipe) -> tuple[int, int]:
-    """(documents to learn from, steps) that take about so many seconds. Raises ConfigError if that is too few."""
-    left = seconds - EVALUATIONS * costs.evaluation
-    needed = EVALUATIONS * costs.evaluation + FEWEST_STEPS * costs.first
-    if left < FEWEST_STEPS * costs.first:
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What is done in the time."""
+
+    documents: int
+    """The first of the training documents, to learn from."""
+    steps: int
+    evaluations: int
+
+
+def fit_into(seconds: float, costs: StepCosts, batches: Packed, recipe: AdapterRecipe) -> Fit:
+    """What takes about so many seconds. Raises ConfigError if they are too few."""
+    affordable = int(SHARE_OF_EVALUATIONS * seconds / costs.evaluation)
+    evaluations = max(FEWEST_EVALUATIONS, min(MOST_EVALUATIONS, affordable))
+    left = seconds - evaluations * costs.evaluation
+    states = max(0.0, costs.first - costs.again)
+    shortest = FEWEST_BATCHES * states + FEWEST_STEPS * costs.again
+    if left < shortest:
+        needed = FEWEST_EVALUATIONS * costs.evaluation + shortest
         raise ConfigError(
-            f"--minutes is too short: {FEWEST_STEPS} steps and their evaluations take about {needed / 60:.1f} minutes "
-            "here, beside what has passed already"
+            f"--minutes is too short: {FEWEST_STEPS} steps and {FEWEST_EVALUATIONS} evaluations take about "
+            f"{needed / 60:.1f} minutes here, beside what has passed already"
         )
     rows, length = recipe.schedule.shape(0)
     packed = batches.rows(length)
-    states = max(0.0, costs.first - costs.again)
-    known = max(FEWEST_STEPS, int(SHARE_OF_STATES * left / max(states, 1e-9)))
+    known = max(FEWEST_BATCHES, int(SHARE_OF_STATES * left / max(states, 1e-9)))
     chosen = packed[: known * rows]
     documents = 1 + max(index for row in chosen for index in row)
     steps = int((left - states * len(chosen) / rows) / costs.again)
-    return documents, max(FEWEST_STEPS, steps)
+    return Fit(documents, max(FEWEST_STEPS, steps), evaluations)
 
 
-def _with_schedule(recipe: AdapterRecipe, documents: int, steps: int) -> AdapterRecipe:
-    table = recipe.model_dump(mode="json")
-    table["data"]["limit"] = documents
+def _with_schedule(recipe: AdapterRecipe, fit: Fit) -> AdapterRecipe:
+    table, steps = recipe.model_dump(mode="json"), fit.steps
+    table["data"]["limit"] = fit.documents
     table["schedule"] |= {"steps": steps, "warmup_steps": min(50, steps // 10), "decay_steps": steps // 3}
-    table["run"] |= {"evaluate_every": max(1, steps // EVALUATIONS), "checkpoint_every": max(1, min(50, steps // 4))}
+    table["run"] |= {
+        "evaluate_every": max(1, steps // fit.evaluations),
+        "checkpoint_every": max(1, min(50, steps // 4)),
+    }
     found = parse_recipe(table, "--model")
     assert isinstance(found, AdapterRecipe)
     return found

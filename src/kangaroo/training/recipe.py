@@ -127,7 +127,7 @@ class AdapterSection(Section):
     """Draft over so many tokens, the most frequent of those learnt from; 0 for all of the target's."""
     init: str = "target"
     """Start from what fits of the target's own layers from the exit on ("target"), from noise ("random"), or
-    from a trained adapter: "demo", or its folder."""
+    from a trained adapter: "demo" or "demo-paper", which ship with the demo, or its folder."""
 
 
 class MedusaSection(Section):

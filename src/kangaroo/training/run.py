@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kangaroo.files import claim, write_atomically
 from kangaroo.inputs import is_file
 from kangaroo.loading import load_model, load_tokenizer
 from kangaroo.model import Target
+from kangaroo.training import ranks
 from kangaroo.training.adapter import AdapterObjective
 from kangaroo.training.batches import Joined, Packed
 from kangaroo.training.checkpoint import STATE, find_progress
@@ -25,7 +27,15 @@ from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.loop import Trainer
 from kangaroo.training.medusa import MedusaObjective
 from kangaroo.training.objective import Objective
-from kangaroo.training.recipe import AdapterRecipe, FrozenTargetRecipe, MedusaRecipe, TargetRecipe, read_recipe
+from kangaroo.training.recipe import (
+    AdapterRecipe,
+    FrozenTargetRecipe,
+    MedusaRecipe,
+    Recipe,
+    TargetRecipe,
+    flatten,
+    read_recipe,
+)
 from kangaroo.training.report import TrainingReport
 from kangaroo.training.synthesis import SYNTHESISED, Synthesis
 from kangaroo.training.target import NextToken, build_model, train_tokenizer
@@ -51,14 +61,36 @@ def train(
     the first step and Updates along the way. With `resume` the run in the recipe's output folder goes on from its last
     checkpoint, to the same weights as if it had never stopped.
 
+    Started by torchrun, the processes train together (`ranks.py`); the first of them reports and writes.
+
     Raises ConfigError, DataError, ModelError or CapacityError; Interrupted, a KeyboardInterrupt, after Ctrl-C.
     """
     settings = read_recipe(recipe, overrides)
-    with claim(settings.output):
+    with joined_for(settings, resume=resume):
+        report = report if ranks.is_first() else lambda _: None
         if isinstance(settings, TargetRecipe):
             return train_target(settings, data, report, resume=resume)
         assert isinstance(settings, AdapterRecipe | MedusaRecipe), "read_recipe knows no other kind"
         return train_for_target(settings, data, report, resume=resume)
+
+
+@contextmanager
+def joined_for(recipe: Recipe, *, resume: bool = False) -> Iterator[None]:
+    """While entered, the ranks that torchrun started train by a recipe, whose output folder is theirs alone.
+
+    Raises ConfigError if they are of different recipes, too many for a micro-batch, or if the folder is taken.
+    """
+    with ranks.joined():
+        ranks.agree(flatten(recipe.model_dump(mode="json")) | {"--resume": resume})
+        schedule = recipe.schedule
+        fewest = min(schedule.shape(step)[0] for step in (0, schedule.steps - 1))
+        if ranks.count() > fewest:
+            raise ConfigError(
+                f"{ranks.count()} ranks cannot share micro-batches of {fewest} sequences; raise "
+                "schedule.batch_sequences, or start fewer (--nproc_per_node)"
+            )
+        with claim(recipe.output) if ranks.is_first() else nullcontext():
+            yield
 
 
 TEXTS = (WRITTEN, REGENERATED, SYNTHESISED)
@@ -95,7 +127,16 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
     tokenizer = None if recipe.model.tokenizer is None else take_tokenizer(recipe.model.tokenizer)
     if tokenizer is not None:
         identity["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    progress = find_progress(recipe, identity, resume=resume)
+    ranks.agree(identity)
+    progress = ranks.by_first(lambda: find_progress(recipe, identity, resume=resume))
+    tokenizer, learnt, kept = ranks.by_first(lambda: _tokenize_all(recipe, paths, tokenizer))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
+    return Trainer(NextToken(model, tokenizer, kept, recipe.run), learnt, recipe, progress).fit(report)
+
+
+def _tokenize_all(recipe: TargetRecipe, paths: Sequence[Path], tokenizer: Any) -> tuple[Any, Joined, Joined]:
+    """(tokenizer, training text, held-out text); the tokenizer is trained if there is none."""
     training, held_out = choose_documents(paths, recipe.data, recipe.seed)
     if tokenizer is None:
         assert recipe.model.vocab_size is not None, "the recipe has one of the two"
@@ -104,9 +145,7 @@ def train_target(recipe: TargetRecipe, paths: Sequence[Path], report: TrainingRe
     learnt, kept = (
         Joined(tokenize(part, tokenizer, assistant_only=recipe.data.assistant_only)) for part in (training, held_out)
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(recipe.model, tokenizer, recipe.seed).to(device)
-    return Trainer(NextToken(model, tokenizer, kept, recipe.run), learnt, recipe, progress).fit(report)
+    return tokenizer, learnt, kept
 
 
 def take_tokenizer(name: str) -> Any:
@@ -141,10 +180,16 @@ def train_for_target(
         begin_adapter(target, recipe) if isinstance(recipe, AdapterRecipe) else begin_medusa(target, recipe)
     )
     source = given or Synthesis(target, tokenizer, recipe, report)
-    progress = find_progress(recipe, {"data": source.digest, "target": target.fingerprint}, resume=resume)
-    training, held_out = choose_documents(source.files(), recipe.data, recipe.seed)
-    author = TargetText(target, tokenizer, recipe, report)
-    kept, learnt = author.held_out(held_out), author.training(training)
+    identity = {"data": source.digest, "target": target.fingerprint}
+    ranks.agree(identity)
+    progress = ranks.by_first(lambda: find_progress(recipe, identity, resume=resume))
+
+    def texts() -> tuple[HeldOut, Corpus]:
+        training, held_out = choose_documents(source.files(), recipe.data, recipe.seed)
+        author = TargetText(target, tokenizer, recipe, report)
+        return author.held_out(held_out), author.training(training)
+
+    kept, learnt = ranks.by_first(texts)
     return Trainer(make_objective(kept, learnt), Packed(learnt), recipe, progress).fit(report)
 
 
@@ -195,7 +240,7 @@ def new_adapter(target: Target, recipe: AdapterRecipe) -> Adapter:
     if init in FRESH:
         adapter.initialise(recipe.seed, from_target=init == "target")
     else:
-        _take_over(adapter, demo.ADAPTER if init == "demo" else Path(init))
+        _take_over(adapter, demo.find_adapter(init))
     return adapter
 
 

@@ -20,6 +20,7 @@ from kangaroo.files import write_atomically
 from kangaroo.inputs import is_file
 from kangaroo.model import Target
 from kangaroo.tensors import checksum
+from kangaroo.training import ranks
 from kangaroo.training.batches import Batch, place_documents
 from kangaroo.training.objective import LOGITS_AT_ONCE
 
@@ -67,9 +68,9 @@ class StateCache:
     """What the target makes of rows of text, kept until the folder is full; what came later is computed each time."""
 
     def __init__(self, folder: Path, target: Target, mixed_precision: str, limit: float = math.inf):
-        """`limit` is how many bytes the folder may hold, other runs' files among them."""
+        """`limit` is how many bytes the folder may hold, other runs' files among them; ranks share what is left."""
         self.folder, self.target = folder, target
-        self._room = limit - sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        self._room = (limit - sum(path.stat().st_size for path in folder.rglob("*.safetensors"))) / ranks.count()
         self.computed_by = (
             LAYOUT + f"{target.fingerprint} {target.dtype} {target.device.type} {mixed_precision}".encode()
         )

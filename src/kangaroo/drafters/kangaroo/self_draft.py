@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kangaroo import demo
 from kangaroo.cache import LayerShape
 from kangaroo.checks import need_whole
 from kangaroo.drafters.chain import Chain, Stopping, draft_chain
@@ -109,7 +110,8 @@ def load_adapter(target: Target, settings: Settings) -> Adapter:
     """The adapter that the settings name. Raises ConfigError or AdapterError."""
     advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
     relative = bool(settings.get("allow_other_target", False))
-    adapter = Adapter.load(need_path(settings, "adapter", advice), target, allow_other_target=relative)
+    folder = demo.find_adapter(need_path(settings, "adapter", advice))
+    adapter = Adapter.load(folder, target, allow_other_target=relative)
     adapter.prepare()
     return adapter
 
