@@ -99,13 +99,17 @@ class Reference:
         out = torch.empty_like(x)
         for i in range(half):
             # Angles are made in single precision everywhere.
-            angle = torch.tensor(float(position)) * (1.0 / self.config.get("rope_theta", 10000.0) ** (torch.tensor(2.0 * i) / len(x)))
+            angle = torch.tensor(float(position)) * (
+                1.0 / self.config.get("rope_theta", 10000.0) ** (torch.tensor(2.0 * i) / len(x))
+            )
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
             out[i], out[half + i] = x[i] * cos - x[half + i] * sin, x[half + i] * cos + x[i] * sin
         return out
 
 
-def release_files(model: PreTrainedModel, drafted: int, seed: int = 0, **changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def release_files(
+    model: PreTrainedModel, drafted: int, seed: int = 0, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of a random head as the authors' release saves one: another shape and base than the model's."""
     theirs = model.config.get_text_config()
     width, vocabulary = theirs.hidden_size, theirs.vocab_size

@@ -17,7 +17,8 @@ ORDER = """
     verdicts parts trial settle model tensors weights model_files demo demo.smollm2 gguf_file loading threads
     drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.branching drafters.last_states
     drafters.none drafters.draft_model
-    drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
+    drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.exit_calibration
+    drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
     drafters.copying drafters.copying.arrivals drafters.copying.ngrams drafters.copying.prompt_lookup
     drafters.copying.llma drafters.copying.suffixes drafters.copying.datastore drafters.copying.rest

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from eagle3_reference import Reference, release_files
 from kangaroo.decode import collect, decode, start
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.copying.datastore import Datastore
@@ -33,7 +34,6 @@ from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
 from kangaroo.tree import sequence
-from eagle3_reference import Reference, release_files
 from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
 from tiny import EXIT, VOCAB, make_adapter, make_draft_model
 

@@ -53,7 +53,7 @@ def step_weights(target: Target) -> int:
 
 
 def trained_parameters(decoder: Decoder) -> int:
-    """Weights that were trained for the decoder's drafter: an adapter's, heads', an EAGLE-3 head's, a draft model's; else 0."""
+    """Weights that were trained for the decoder's drafter: an adapter's, heads', a head's, a draft model's; else 0."""
     drafter = decoder.make_drafter()
     module: nn.Module | None = None
     if isinstance(drafter, DraftModel):

@@ -1,5 +1,6 @@
 """The command line: one file per verb, each a thin use of the library. The only place that prints."""
 
+import keyword
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -18,9 +19,11 @@ VERBS = {
     "info": "Sizes of target and adapter, and what drafting and verifying cost here as a share of a full step.",
     "bench": "Measure methods side by side on a benchmark's questions. The same command goes on after an interruption.",
     "report": "Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds.",
+    "import": "Make usable here what others trained: a Kangaroo adapter, an EAGLE-3 head, a model for early exit.",
     "datastore": "Text for the rest drafter to copy from.",
 }
-"""A verb is the function of its name in the module of its name; here is the first line of its help."""
+"""A verb is the function of its name in the module of its name, which Python's own words have an underscore after; here
+is the first line of its help."""
 
 
 def make_app(verb: str | None) -> typer.Typer:
@@ -31,7 +34,8 @@ def make_app(verb: str | None) -> typer.Typer:
         if name != verb:
             app.command(name, help=summary)(_not_loaded)
             continue
-        found = getattr(import_module(f"kangaroo.cli.{name}"), name)
+        own = f"{name}_" if keyword.iskeyword(name) else name
+        found = getattr(import_module(f"kangaroo.cli.{own}"), own)
         if isinstance(found, typer.Typer):
             app.add_typer(found, name=name)
         else:

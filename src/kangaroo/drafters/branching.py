@@ -17,7 +17,7 @@ def best_children(
     top_k: int,
     vocabulary: DraftTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(probabilities, tokens) [B, W, K]: the best children of the last W of a tree's nodes, each `depth` below the root.
+    """(probabilities, tokens) [B, W, K]: the best children of a tree's last W nodes, each `depth` below the root.
 
     `nodes` are tokens and parents [B, N] of all of them, for processors to look back at; `logits` [B, W, V] are those
     of the last W, [B, W, n] over a draft vocabulary. Under `match` the probabilities are those after the target's own

@@ -147,7 +147,16 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
         if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
             raise AdapterError(f"{path} asks for more than tensors, and is not loaded: {_reason(error)}") from None
         raise AdapterError(f"{path} is damaged: {_reason(error)}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, struct.error, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise AdapterError(f"{path} is damaged: {_reason(error)}") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"{path} should hold tensors by name, got {shown(found)}")
@@ -164,7 +173,9 @@ def _is_plain(value: object) -> bool:
 def _reason(error: Exception) -> str:
     """What torch says, without its advice to load the file in a less careful way."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if line.startswith(("WeightsUnpickler", "Unsupported"))), lines[0] if lines else "")
+    told = next(
+        (line for line in lines if line.startswith(("WeightsUnpickler", "Unsupported"))), lines[0] if lines else ""
+    )
     return shown(told).strip("'\"") or type(error).__name__
 
 

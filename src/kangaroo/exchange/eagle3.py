@@ -1,4 +1,4 @@
-"""EAGLE-3 heads that others trained (Li et al. 2025): in the layout of the authors' release, and in that of speculators.
+"""EAGLE-3 heads that others trained (Li et al. 2025): in the layout of the authors' release and in speculators'.
 
 Both hold the same tensors. The release calls the layer `midlayer.` and keeps its settings at the top of config.json;
 speculators calls it `layers.0.` and keeps the layer's settings in `transformer_layer_config`. `d2t` says of each token

@@ -1,4 +1,4 @@
-"""The EAGLE-3 head: one decoder layer over the target's fused features and the next tokens (Li et al. 2025, section 3.1).
+"""The EAGLE-3 head: one decoder layer over the target's fused features and the next tokens (Li et al. 2025, 3.1).
 
     f_t = fc([h_low(t); h_middle(t); h_high(t)])                     features of a token that the target has run
     r = f_t,  n = norm_hidden(f_t)                                   some heads take r = n
@@ -71,8 +71,12 @@ class Eagle3Config:
             )
         if self.rope_type not in get_args(RopeType):
             raise ConfigError(f"rope_type must be one of {', '.join(get_args(RopeType))}, got {self.rope_type!r}")
-        if not (self.epsilon > 0 and self.rope_base > 0 and self.rope_factor > 0 and 0 < self.rope_low < self.rope_high):
-            raise ConfigError("epsilon and the numbers of the rotary embedding must be above 0, rope_low below rope_high")
+        if not (
+            self.epsilon > 0 and self.rope_base > 0 and self.rope_factor > 0 and 0 < self.rope_low < self.rope_high
+        ):
+            raise ConfigError(
+                "epsilon and the numbers of the rotary embedding must be above 0, rope_low below rope_high"
+            )
 
     @property
     def taps(self) -> tuple[int, int, int]:
@@ -112,7 +116,9 @@ class Eagle3Head(TrainedWeights):
         super().__init__(target, config)
         config.check_taps(target)
         if config.draft_vocabulary > target.vocab_size:
-            raise ConfigError(f"the head drafts {config.draft_vocabulary} tokens, but the target has {target.vocab_size}")
+            raise ConfigError(
+                f"the head drafts {config.draft_vocabulary} tokens, but the target has {target.vocab_size}"
+            )
         width, tokens = target.width, config.draft_vocabulary or target.vocab_size
         model = _one_layer(target, config)
         self.layer, self.norm = model.layers[0], model.norm
@@ -156,7 +162,9 @@ class Eagle3Head(TrainedWeights):
         own, extent = int(layer.self_attn.layer_idx), where.mask.shape[-1]
         past = CacheWindow(cache, where, range(own, own + 1), extent)
         rotary = self._rotary[0].rows("", (where.positions - 1).clamp_min(0), extent, x.dtype)
-        x, _ = layer.self_attn(x, position_embeddings=rotary, attention_mask=_mask(where, x.dtype), past_key_values=past)
+        x, _ = layer.self_attn(
+            x, position_embeddings=rotary, attention_mask=_mask(where, x.dtype), past_key_values=past
+        )
         x = residual + x
         return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
