@@ -77,15 +77,14 @@ class Reference:
         heads, groups = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         q, k, v = (self._project(x, name) for name in ("q_proj", "k_proj", "v_proj"))
         dim = q.shape[-1] // heads
+        q, k = self._rotate(q, dim), self._rotate(k, dim)
         out = torch.zeros(len(x), heads * dim, dtype=x.dtype)
         for head in range(heads):
             own = slice(head * dim, (head + 1) * dim)
             shared = slice(head // (heads // groups) * dim, (head // (heads // groups) + 1) * dim)
             for now in range(len(x)):
-                query = self._rotate(q[now, own], now)
-                scores = [query @ self._rotate(k[then, shared], then) / math.sqrt(dim) for then in range(now + 1)]
-                weights = torch.stack(scores).softmax(0)
-                out[now, own] = sum(weight * v[then, shared] for then, weight in enumerate(weights))
+                scores = [q[now, own] @ k[then, shared] / math.sqrt(dim) for then in range(now + 1)]
+                out[now, own] = torch.stack(scores).softmax(0) @ v[: now + 1, shared]
         return self._project(out, "o_proj")
 
     def _project(self, x: Tensor, name: str) -> Tensor:
@@ -93,18 +92,33 @@ class Reference:
         bias = self.tensors.get(f"midlayer.self_attn.{name}.bias")
         return y if bias is None else y + bias
 
-    def _rotate(self, x: Tensor, position: int) -> Tensor:
-        """Su et al. 2021, halves instead of pairs, as Llama has it."""
-        half = len(x) // 2
-        out = torch.empty_like(x)
-        for i in range(half):
+    def _rotate(self, x: Tensor, dim: int) -> Tensor:
+        """Heads [T, H * dim], each turned by its position (Su et al. 2021), halves instead of pairs as in Llama."""
+        out, half = x.clone(), dim // 2
+        for position in range(len(x)):
             # Angles are made in single precision everywhere.
-            angle = torch.tensor(float(position)) * (
-                1.0 / self.config.get("rope_theta", 10000.0) ** (torch.tensor(2.0 * i) / len(x))
-            )
+            angle = float(position) * self.frequencies(dim)
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-            out[i], out[half + i] = x[i] * cos - x[half + i] * sin, x[half + i] * cos + x[i] * sin
+            for begin in range(0, x.shape[1], dim):
+                left, right = x[position, begin : begin + half], x[position, begin + half : begin + dim]
+                out[position, begin : begin + half] = left * cos - right * sin
+                out[position, begin + half : begin + dim] = right * cos + left * sin
         return out
+
+    def frequencies(self, dim: int) -> Tensor:
+        """[dim / 2], with what Llama 3.1 does to slow ones: divided by a factor, and in between in between."""
+        found = 1.0 / self.config.get("rope_theta", 10000.0) ** (torch.arange(0, dim, 2).float() / dim)
+        scaling = self.config.get("rope_scaling")
+        if scaling is None:
+            return found
+        if scaling["rope_type"] == "linear":
+            return found / scaling["factor"]
+        for place, frequency in enumerate(found.tolist()):
+            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            share = min(1.0, max(0.0, (turns - low) / (high - low)))
+            found[place] = share * frequency + (1 - share) * frequency / scaling["factor"]
+        return found
 
 
 def release_files(
@@ -132,7 +146,8 @@ def release_files(
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64) * scale / math.sqrt(shape[-1])
+        # Through single precision, in which weights are read.
+        return (torch.randn(*shape, generator=random) * scale / math.sqrt(shape[-1])).double()
 
     dim = config.get("head_dim", width // 4)
     queries, keys, inner = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim, 40
@@ -148,10 +163,10 @@ def release_files(
         "lm_head.weight": draw(drafted, width, scale=8.0),
     }
     for name in ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm"):
-        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(width, generator=random, dtype=torch.float64)
+        tensors[f"{name}.weight"] = (1 + 0.1 * torch.randn(width, generator=random)).double()
     if config.get("attention_bias"):
         for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys), ("o_proj", width)):
-            tensors[f"midlayer.self_attn.{name}.bias"] = 0.1 * torch.randn(size, generator=random, dtype=torch.float64)
+            tensors[f"midlayer.self_attn.{name}.bias"] = (0.1 * torch.randn(size, generator=random)).double()
     if drafted < vocabulary:
         held = torch.randperm(vocabulary, generator=random)[:drafted].sort().values
         tensors["d2t"] = held - torch.arange(drafted)

@@ -196,10 +196,13 @@ def make_eagle3(target: Target) -> Eagle3Head:
             text = torch.tensor([[*prompt, *answer]])
             where = sequence(1, text.shape[1] - 1)
             _, features = target.run(target.embed(text[:, :-1]), where, None, taps=head.config.taps)
-            cache = target.new_cache(1, text.shape[1], head.cache_layers)
-            x = head(head.fuse(features), text[:, 1:], place_next(where, text.shape[1]), cache)
-            states.append(head.norm(x)[0, :-1])
-            wanted.append((text[0, 2:, None] == head.vocabulary.tokens).to(x.dtype))
+            cache, x = target.new_cache(1, text.shape[1], head.cache_layers), head.fuse(features)
+            for ahead in (1, 2):  # from true features, and from the head's own output after them
+                where = place_next(where, text.shape[1])
+                x = head(x, text[:, ahead:], where, cache)[:, :-1]
+                states.append(head.norm(x)[0])
+                wanted.append((text[0, 1 + ahead :, None] == head.vocabulary.tokens).to(x.dtype))
+                where = where[0 : where.slots.shape[1] - 1]
     head.lm_head.weight.copy_(8 * torch.linalg.lstsq(torch.cat(states), torch.cat(wanted)).solution.T)
     return head
 

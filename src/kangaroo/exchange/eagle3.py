@@ -19,8 +19,8 @@ from kangaroo.exchange.checkpoint import Checkpoint, Rope, Table
 from kangaroo.model import Target
 
 LAYERS = ("midlayer.", "layers.0.")
-SAME_EMBEDDING = 1e-2
-"""How far, relative to the largest number, a head's copy of the target's embedding may be off: half precisions are."""
+SAME_EMBEDDING = {"rtol": 2**-7, "atol": 1e-6}
+"""How far a head's copy of the target's embedding may be off: two half precisions of one number are that far."""
 
 
 def is_eagle3(config: Table, names: Mapping[str, Tensor] | None = None) -> bool:
@@ -35,6 +35,11 @@ def make_head(found: Checkpoint, target: Target, taps: tuple[int, int, int] | No
     `taps` are the layer counts after which it reads the target's states, for heads that follow a rule of their own.
     Raises AdapterError for what belongs to another target, contradicts itself or is not known here.
     """
+    older = found.tensors.get("fc.weight")
+    if older is not None and tuple(older.shape) == (target.width, 2 * target.width):
+        raise AdapterError(
+            f"{found.path} is a head of EAGLE-1 or EAGLE-2, which read other features; only EAGLE-3 fits"
+        )
     config = _read_config(found.config, target, taps or _taps(found.config, target))
     prefix = next((name for name in LAYERS if any(key.startswith(name) for key in found.tensors)), LAYERS[0])
     tensors = found.matched(_shapes(config, target, prefix, found.tensors.keys()))
@@ -151,5 +156,4 @@ def _is_targets(embedding: Tensor, target: Target) -> bool:
     theirs = target.model.get_input_embeddings().weight
     if theirs.shape != embedding.shape or theirs.device.type == "meta":
         return False
-    own, theirs = embedding.float(), theirs.detach().to("cpu").float()
-    return float((own - theirs).abs().max()) <= SAME_EMBEDDING * float(theirs.abs().max())
+    return torch.allclose(embedding.float(), theirs.detach().to("cpu").float(), **SAME_EMBEDDING)

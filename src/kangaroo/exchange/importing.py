@@ -92,6 +92,11 @@ def _import_head(wanted: Wanted, found: Checkpoint, decoder: Decoder) -> Importe
 
 def _import_adapter(wanted: Wanted, found: Checkpoint, load: Load, advance: Advance) -> Imported:
     assert wanted.target is not None
+    if wanted.exit_layer is None:
+        raise ConfigError(
+            "an adapter's file does not say its exit layer; give --exit-layer (the published ones leave after 2 layers "
+            "of Vicuna-7B and after 3 of Vicuna-13B)"
+        )
     documents, decoder = _documents(wanted), load(wanted.target)
     adapter, notes = make_adapter(found, decoder.target, wanted.exit_layer)
     with new_folder(wanted.output) as folder:

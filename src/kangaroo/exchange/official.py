@@ -8,20 +8,17 @@ adapter is run with those of its target, so the two have to be the same.
 from typing import Any
 
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
-from kangaroo.errors import AdapterError, ConfigError
+from kangaroo.errors import AdapterError
 from kangaroo.exchange.checkpoint import Checkpoint, Rope, Table
 from kangaroo.model import Target
 
-PUBLISHED = "the published ones leave after layer 2 of Vicuna-7B and after layer 3 of Vicuna-13B"
 
-
-def make_adapter(found: Checkpoint, target: Target, exit_layer: int | None) -> tuple[Adapter, list[str]]:
+def make_adapter(found: Checkpoint, target: Target, exit_layer: int) -> tuple[Adapter, list[str]]:
     """(the adapter for this target, in the precision of the checkpoint; what its user should know).
 
-    Raises ConfigError without an exit layer, AdapterError for what belongs to another target or is not known here.
+    Raises ConfigError for an exit layer that the target has not got, AdapterError for what belongs to another target or
+    is not known here.
     """
-    if exit_layer is None:
-        raise ConfigError(f"an adapter's file does not say its exit layer; give --exit-layer ({PUBLISHED})")
     notes = _compare(found.config, target)
     extra = next((name for name in found.tensors if ".mlp." in name), None)
     if extra is not None:
