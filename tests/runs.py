@@ -182,29 +182,37 @@ def make_heads(target: Target, heads: int = 3) -> MedusaHeads:
 
 
 @cache
-@torch.inference_mode()
 def make_eagle3(target: Target) -> Eagle3Head:
-    """A random head that drafts FEW tokens, as the best linear map to what follows in the texts of PROMPTS."""
+    """A random head that drafts FEW tokens, and has learnt the texts of PROMPTS."""
     config, tensors = release_files(target.model, FEW)
     found = Checkpoint(Table(config, Path("config.json")), tensors, Path("pytorch_model.bin"), "")
     head = make_head(found, target).to(target.dtype)
-    assert head.vocabulary is not None
-    states, wanted = list[torch.Tensor](), list[torch.Tensor]()
+    texts = list[list[int]]()
     for sampling in (GREEDY, GREEDY_PENALISED, EVERYTHING):
         answers = generate_ids(target, NoDrafter(), PROMPTS, sampling, max_tokens=20)
-        for prompt, answer in zip(PROMPTS, answers, strict=True):
-            text = torch.tensor([[*prompt, *answer]])
-            where = sequence(1, text.shape[1] - 1)
-            _, features = target.run(target.embed(text[:, :-1]), where, None, taps=head.config.taps)
-            cache, x = target.new_cache(1, text.shape[1], head.cache_layers), head.fuse(features)
-            for ahead in (1, 2):  # from true features, and from the head's own output after them
-                where = place_next(where, text.shape[1])
-                x = head(x, text[:, ahead:], where, cache)[:, :-1]
-                states.append(head.norm(x)[0])
-                wanted.append((text[0, 1 + ahead :, None] == head.vocabulary.tokens).to(x.dtype))
-                where = where[0 : where.slots.shape[1] - 1]
-    head.lm_head.weight.copy_(8 * torch.linalg.lstsq(torch.cat(states), torch.cat(wanted)).solution.T)
+        texts += [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    teach(head, texts)
     return head
+
+
+@torch.inference_mode()
+def teach(head: Eagle3Head, texts: Sequence[Sequence[int]]) -> None:
+    """Make its map to the vocabulary the best linear one to what follows in the texts; it is still often wrong."""
+    target, vocabulary = head.target, head.vocabulary
+    assert vocabulary is not None
+    states, wanted = list[torch.Tensor](), list[torch.Tensor]()
+    for text in texts:
+        tokens, where = torch.tensor([list(text)]), sequence(1, len(text) - 1)
+        _, features = target.run(target.embed(tokens[:, :-1]), where, None, taps=head.config.taps)
+        cache, x = target.new_cache(1, len(text), head.cache_layers), head.fuse(features)
+        for ahead in (1, 2):  # from true features, and from the head's own output after them
+            where = place_next(where, len(text))
+            x = head(x, tokens[:, ahead:], where, cache)[:, :-1]
+            states.append(head.norm(x)[0])
+            wanted.append((tokens[0, 1 + ahead :, None] == vocabulary.tokens).to(x.dtype))
+            where = where[0 : where.slots.shape[1] - 1]
+    solved = torch.linalg.lstsq(torch.cat(states).double(), torch.cat(wanted).double(), driver="gelsd").solution
+    head.lm_head.weight.copy_(8 * solved.T)
 
 
 def eagle3_reference(target: Target) -> Reference:

@@ -3,16 +3,21 @@
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+import kangaroo
 from eagle3_reference import release_files
+from kangaroo.exchange.checkpoint import Checkpoint, Table
+from kangaroo.exchange.eagle3 import make_head
+from runs import teach
 
+QUESTIONS = ["Where would you", "The answer"]
 DRAFTED = 120
 """Tokens that a head can draft."""
 
@@ -44,16 +49,22 @@ def official(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def eagle3(place: Path, drafted: int = DRAFTED) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of a head for place/target as the authors of EAGLE-3 save it."""
-    model = AutoModelForCausalLM.from_pretrained(place / "target")
-    config, tensors = release_files(model, drafted)
-    floats = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
-    # The head says much what the model's own does, so that some drafts are accepted.
-    held = tensors["d2t"] + torch.arange(drafted)
-    floats["lm_head.weight"] = model.lm_head.weight.detach()[held].clone()
-    floats["fc.weight"] = torch.cat([torch.zeros(32, 32), torch.eye(32), torch.zeros(32, 32)], 1)
-    return config, tensors | floats
+def eagle3(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of a head for place/target as the authors of EAGLE-3 save it; it has learnt some answers."""
+    config, tensors = _head_of(place)
+    return dict(config), dict(tensors)
+
+
+@cache
+def _head_of(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    decoder = kangaroo.load(place / "target", drafter="none", dtype="float32", exact=False)
+    config, tensors = release_files(decoder.target.model, DRAFTED)
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    head = make_head(Checkpoint(Table(config, place), tensors, place, ""), decoder.target)
+    answers = decoder.generate(QUESTIONS, max_tokens=24)
+    asked = [decoder.tokenizer.encode(question) for question in QUESTIONS]
+    teach(head, [[*prompt, *answer.tokens] for prompt, answer in zip(asked, answers, strict=True)])
+    return config, tensors | {"lm_head.weight": head.lm_head.weight.detach().clone()}
 
 
 def speculators(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import DRAFTED, eagle3, official, speculators, write
+from foreign import DRAFTED, QUESTIONS, eagle3, official, speculators, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ TEXT = [
     "The answer is 42, naïve café. Where would you like to eat?",
     "I need 3 tickets to Oakland. The answer is 42.",
 ]
-QUESTIONS = ["Where would you", "The answer"]
+LITTLE = ("--prompts", "4", "--max-tokens", "12", "--temperature", "0", "--batch", "4", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"text": text}) for text in TEXT]
     (folder / "text.jsonl").write_text("\n".join(rows))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _little_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kangaroo.bench.check.MINIMUM_TOKENS", 40)
 
 
 def run_import(place: Path, folder: Path, output: Path, *more: str) -> int:
@@ -65,7 +70,7 @@ def test_an_adapter_of_the_release(place: Path, tmp_path: Path, file: str, capsy
     assert all(torch.equal(value, want[name].half()) for name, value in got.items())
     facts = json.loads((tmp_path / "made" / "config.json").read_text())
     assert facts["provenance"]["imported_from"] == "release"
-    options = ("--model", str(place / "target"), "--prompts", "2", "--max-tokens", "12", "--batch", "2")
+    options = ("--model", str(place / "target"), *LITTLE)
     assert invoke("check", *options, "--adapter", str(tmp_path / "made"), "--set", "threshold=0") == 0
     decoder = kangaroo.load(place / "target", adapter=tmp_path / "made", threshold=0.0)
     assert decoder.make_drafter().model.exit_layer == 1  # type: ignore[attr-defined]
@@ -171,7 +176,7 @@ def test_a_head_in_either_layout(place: Path, tmp_path: Path, layout: str, file:
     config, tensors = eagle3(place)
     written = speculators(config, tensors) if layout == "speculators" else (config, tensors)
     assert run_import(place, write(tmp_path / "theirs", *written, file), tmp_path / "made") == 0
-    decoder = kangaroo.load(place / "target", drafter="eagle3", eagle3=tmp_path / "made")
+    decoder = kangaroo.load(place / "target", dtype="float32", drafter="eagle3", eagle3=tmp_path / "made")
     head = Eagle3Head.load(tmp_path / "made", decoder.target)
     assert head.config.taps == (2, 2, 1)
     assert head.vocabulary is not None
@@ -187,9 +192,8 @@ def test_a_head_from_the_command_line(place: Path, tmp_path: Path, capsys: pytes
     assert run_import(place, write(tmp_path / "theirs", *eagle3(place), "pytorch_model.bin"), made) == 0
     assert f"--drafter eagle3 --eagle3 {made}" in capsys.readouterr().out
     options = ("--model", str(place / "target"), "--eagle3", str(made))
-    little = ("--prompts", "2", "--max-tokens", "12", "--batch", "2")
     for drafter in ("eagle3", "eagle3-tree"):
-        assert invoke("check", *options, *little, "--drafter", drafter) == 0
+        assert invoke("check", *options, *LITTLE, "--drafter", drafter) == 0
     capsys.readouterr()
     assert invoke("info", *options, "--drafter", "eagle3", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
