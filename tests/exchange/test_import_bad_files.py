@@ -142,11 +142,11 @@ def test_a_target_of_another_family(place: Path, tmp_path: Path, refuse: Callabl
         ({"hidden_size": 64}, same, "hidden_size is 64, but the target has 32"),
         ({"target_hidden_size": 64}, same, "target_hidden_size is 64, but the target has 32"),
         ({"vocab_size": 128256}, same, "vocab_size is 128256, but the target has"),
-        ({"draft_vocab_size": 100}, same, "'lm_head.weight' is of shape [120, 32], not [100, 32]"),
-        ({"draft_vocab_size": 10**6}, same, "'lm_head.weight' is of shape"),
-        ({"intermediate_size": 2**30}, same, "is of shape [40, 32], not [1073741824, 32]"),
+        ({"draft_vocab_size": 100}, same, "is of shape [120"),
+        ({"draft_vocab_size": 10**6}, same, "is of shape [120"),
+        ({"intermediate_size": 2**30}, same, "1073741824"),
         ({"num_attention_heads": 3}, same, "cannot be"),
-        ({"num_key_value_heads": 4}, same, "k_proj.weight' is of shape [16, 64], not [32, 64]"),
+        ({"num_key_value_heads": 4}, same, "_proj.weight' is of shape [16, 64], not [32, 64]"),
         ({"head_dim": 7}, same, "cannot be"),
         ({"model_type": "qwen3"}, same, "model_type is 'qwen3'; only 'llama' is known here"),
         ({"hidden_act": "gelu"}, same, "hidden_act is 'gelu'"),
@@ -239,7 +239,7 @@ def test_a_pickle_that_wants_more_than_tensors(
     options = ("--exit-layer", "1") if kind == "adapter" else ()
     told = refuse(folder, *options)
     assert "asks for more than tensors" in told
-    assert "weights_only=False" not in told
+    assert "system" in told
     assert not trace.exists()
 
 
@@ -274,7 +274,7 @@ def test_damaged_configs(place: Path, tmp_path: Path, refuse: Callable[..., str]
 def test_folders_that_are_none_of_these(place: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     assert "nothing to import in" in refuse(tmp_path / "nowhere")
     assert "nothing to import in" in refuse(tmp_path)
-    assert "holds a adapter of this library" not in refuse(place / "adapter", "--exit-layer", "1")
+    assert "is a folder of this library already (adapter)" in refuse(place / "adapter", "--exit-layer", "1")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"draft_vocab_size": DRAFTED}))
     assert "no weights in" in refuse(tmp_path / "bare")

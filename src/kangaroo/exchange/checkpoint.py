@@ -6,6 +6,7 @@ for it by name.
 
 import hashlib
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 from kangaroo.checks import LARGEST, need_type, shown
 from kangaroo.errors import AdapterError, ConfigError
 from kangaroo.inputs import is_file, is_folder, name_path, need_file, read_bytes, read_object
+from kangaroo.model_files import first_line
 from kangaroo.tensors import check_tensors, parse_tensors
 from kangaroo.weights import CONFIG, KINDS
 
@@ -100,11 +102,16 @@ class Checkpoint:
     """The file of the tensors."""
     sha256: str
 
-    def matched(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """The tensors, if these are their names and shapes, and all of them finite numbers. Raises AdapterError."""
-        whole = {name for name, value in self.tensors.items() if not value.is_floating_point()}
+    def matched(
+        self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors, if these are their names and shapes, and all of them finite numbers. Raises AdapterError.
+
+        Those in `dtypes` are of the type there, all others numbers of any precision.
+        """
+        kinds = dtypes or {}
         wanted = {
-            name: torch.empty(shape, device="meta", dtype=self.tensors[name].dtype if name in whole else torch.float32)
+            name: torch.empty(shape, device="meta", dtype=kinds.get(name, torch.float32))
             for name, shape in shapes.items()
         }
         check_tensors(self.tensors, wanted, self.path)
@@ -115,7 +122,9 @@ def read_config(folder: Path) -> Table:
     """The config.json of a folder. Raises AdapterError if there is none, or the folder is one of this library's own."""
     own = [name for name in KINDS if is_file(folder / name)]
     if own:
-        raise AdapterError(f"{name_path(folder)} holds a {KINDS[own[0]]} of this library already: use it as it is")
+        raise AdapterError(
+            f"{name_path(folder)} is a folder of this library already ({KINDS[own[0]]}): use it as it is"
+        )
     if not is_folder(folder) or not is_file(folder / CONFIG):
         raise AdapterError(f"nothing to import in {name_path(folder)}: expected a folder with config.json and weights")
     return Table(read_object(folder / CONFIG, CONFIG, AdapterError), folder / CONFIG)
@@ -144,9 +153,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
             file.seek(0)
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
-            raise AdapterError(f"{path} asks for more than tensors, and is not loaded: {_reason(error)}") from None
-        raise AdapterError(f"{path} is damaged: {_reason(error)}") from None
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is not None:
+            raise AdapterError(f"{path} asks for more than tensors, namely {named[1]}, and is not loaded") from None
+        raise AdapterError(f"{path} is damaged, or asks for more than tensors; none of it is loaded") from None
     except (
         RuntimeError,
         EOFError,
@@ -157,7 +167,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
         struct.error,
         zipfile.BadZipFile,
     ) as error:
-        raise AdapterError(f"{path} is damaged: {_reason(error)}") from None
+        raise AdapterError(f"{path} is damaged: {first_line(error)}") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"{path} should hold tensors by name, got {shown(found)}")
     odd = next((name for name, value in found.items() if not _is_plain(value)), None)
@@ -168,15 +178,6 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-
-
-def _reason(error: Exception) -> str:
-    """What torch says, without its advice to load the file in a less careful way."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next(
-        (line for line in lines if line.startswith(("WeightsUnpickler", "Unsupported"))), lines[0] if lines else ""
-    )
-    return shown(told).strip("'\"") or type(error).__name__
 
 
 def _without_prefix(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

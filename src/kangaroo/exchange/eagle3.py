@@ -18,9 +18,10 @@ from kangaroo.errors import AdapterError, ConfigError
 from kangaroo.exchange.checkpoint import Checkpoint, Rope, Table
 from kangaroo.model import Target
 
+MAPS = {"d2t": torch.int64, "t2d": torch.bool}
 LAYERS = ("midlayer.", "layers.0.")
-SAME_EMBEDDING = {"rtol": 2**-7, "atol": 1e-6}
-"""How far a head's copy of the target's embedding may be off: two half precisions of one number are that far."""
+SAME_EMBEDDING = 2**-7
+"""How far, relatively, a head's copy of the target's embedding may be off: as far as two half precisions of a number."""
 
 
 def is_eagle3(config: Table, names: Mapping[str, Tensor] | None = None) -> bool:
@@ -42,7 +43,7 @@ def make_head(found: Checkpoint, target: Target, taps: tuple[int, int, int] | No
         )
     config = _read_config(found.config, target, taps or _taps(found.config, target))
     prefix = next((name for name in LAYERS if any(key.startswith(name) for key in found.tensors)), LAYERS[0])
-    tensors = found.matched(_shapes(config, target, prefix, found.tensors.keys()))
+    tensors = found.matched(_shapes(config, target, prefix, found.tensors.keys()), MAPS)
     named = {name.replace(prefix, "layer.", 1): value for name, value in tensors.items()}
     tokens = _draft_tokens(named.pop("d2t", None), named.pop("t2d", None), target, found.path)
     if tokens is not None:
@@ -141,12 +142,10 @@ def _draft_tokens(d2t: Tensor | None, t2d: Tensor | None, target: Target, path: 
     """[n] the tokens that can be drafted; None for all of them. Raises AdapterError for maps that cannot be."""
     if d2t is None:
         return None
-    if d2t.dtype == torch.bool or d2t.is_floating_point():
-        raise AdapterError(f"{path}: 'd2t' should hold whole numbers, got {d2t.dtype}")
-    tokens = d2t.long() + torch.arange(len(d2t))
+    tokens = d2t + torch.arange(len(d2t))
     if not (int(tokens[0]) >= 0 and int(tokens[-1]) < target.vocab_size and bool((tokens.diff() > 0).all())):
         raise AdapterError(f"{path} is damaged: 'd2t' does not lead to a rising list of the target's tokens")
-    if t2d is not None and not torch.equal(t2d.bool().nonzero()[:, 0], tokens):
+    if t2d is not None and not torch.equal(t2d.nonzero()[:, 0], tokens):
         raise AdapterError(f"{path} is damaged: 'd2t' and 't2d' name different tokens")
     return None if len(tokens) == target.vocab_size else tokens
 
@@ -156,4 +155,4 @@ def _is_targets(embedding: Tensor, target: Target) -> bool:
     theirs = target.model.get_input_embeddings().weight
     if theirs.shape != embedding.shape or theirs.device.type == "meta":
         return False
-    return torch.allclose(embedding.float(), theirs.detach().to("cpu").float(), **SAME_EMBEDDING)
+    return torch.allclose(embedding.float(), theirs.detach().to("cpu").float(), rtol=SAME_EMBEDDING, atol=1e-6)
