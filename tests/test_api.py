@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 PUBLIC = """
     DRAFTERS Adapter AdapterConfig AdapterError AnswerStream BatchStream CapacityError ChainConfig Committed Completion
-    ConfigError DataError Decoder Draft DraftModelConfig Drafter Eagle3ChainConfig Eagle3TreeConfig KVCache KangarooError
-    KangarooLookupConfig LLMAConfig LayerShape Logprobs LookupConfig MedusaChainConfig MedusaTreeConfig ModelError Piece Placement Processor Request
-    RestConfig Round Sampling State Stats Stop Target TokenLogprobs TreeConfig custom_generate decode load start
+    ConfigError DataError Decoder Draft DraftModelConfig Drafter Eagle3ChainConfig Eagle3TreeConfig KVCache
+    KangarooError KangarooLookupConfig LLMAConfig LayerShape Logprobs LookupConfig MedusaChainConfig MedusaTreeConfig
+    ModelError Piece Placement Processor Request RestConfig Round Sampling State Stats Stop Target TokenLogprobs
+    TreeConfig custom_generate decode load start
 """.split()  # noqa: SIM905 (a list would take 44 lines)
 
 

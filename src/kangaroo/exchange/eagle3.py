@@ -21,7 +21,7 @@ from kangaroo.model import Target
 MAPS = {"d2t": torch.int64, "t2d": torch.bool}
 LAYERS = ("midlayer.", "layers.0.")
 SAME_EMBEDDING = 2**-7
-"""How far, relatively, a head's copy of the target's embedding may be off: as far as two half precisions of a number."""
+"""How far, relatively, a head's copy of the target's embedding may be off: two half precisions are as far apart."""
 
 
 def is_eagle3(config: Table, names: Mapping[str, Tensor] | None = None) -> bool:
