@@ -66,7 +66,7 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     ),
     "medusa": lambda t: Medusa(t, make_heads(t), MedusaChainConfig()),
     "medusa-tree": lambda t: MedusaTree(t, make_heads(t), MedusaTreeConfig(top_k=3, nodes=9)),
-    "eagle3": lambda t: Eagle3(make_eagle3(t), Eagle3ChainConfig(max_draft=4, threshold=0.05)),
+    "eagle3": lambda t: Eagle3(make_eagle3(t), Eagle3ChainConfig(max_draft=4, threshold=0.15)),
     "eagle3-tree": lambda t: Eagle3Tree(make_eagle3(t), Eagle3TreeConfig(top_k=3, max_draft=3, nodes=10)),
     "draft-model": lambda t: DraftModel(
         make_draft_model(t), t.vocab_size, DraftModelConfig(first_draft=2, max_draft=5, threshold=0.1)
@@ -212,7 +212,7 @@ def teach(head: Eagle3Head, texts: Sequence[Sequence[int]]) -> None:
             wanted.append((tokens[0, 1 + ahead :, None] == vocabulary.tokens).to(x.dtype))
             where = where[0 : where.slots.shape[1] - 1]
     solved = torch.linalg.lstsq(torch.cat(states).double(), torch.cat(wanted).double(), driver="gelsd").solution
-    head.lm_head.weight.copy_(8 * solved.T)
+    head.lm_head.weight.copy_(24 * solved.T)
 
 
 def eagle3_reference(target: Target) -> Reference:
