@@ -15,18 +15,21 @@ ORDER = """
     tree cache sampling constraints logprobs state
     fingerprint norms families passes linears attention fused window rotary
     verdicts parts trial settle model tensors weights model_files demo demo.smollm2 gguf_file loading threads
-    drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.none drafters.draft_model
-    drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.adapter drafters.kangaroo.stopping
+    drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.branching drafters.last_states
+    drafters.none drafters.draft_model
+    drafters.kangaroo drafters.kangaroo.calibration drafters.kangaroo.exit_calibration
+    drafters.kangaroo.adapter drafters.kangaroo.stopping
     drafters.kangaroo.self_draft drafters.kangaroo.costs drafters.kangaroo.chain drafters.kangaroo.tree
     drafters.copying drafters.copying.arrivals drafters.copying.ngrams drafters.copying.prompt_lookup
     drafters.copying.llma drafters.copying.suffixes drafters.copying.datastore drafters.copying.rest
     drafters.kangaroo.lookup
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
+    drafters.eagle3 drafters.eagle3.head drafters.eagle3.drafter
     drafters
     accept decode
     stops text grammar forced completion arguments load prefixes scheduler streaming tickets worker engine decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
-USES = ["training", "bench", "serve"]
+USES = ["training", "bench", "serve", "exchange"]
 """Folders that may use everything in ORDER, and none of one another."""
 TOP = "cli"
 """May use everything, and alone prints."""

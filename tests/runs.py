@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from eagle3_reference import Reference, release_files
 from kangaroo.decode import collect, decode, start
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.copying.datastore import Datastore
@@ -16,6 +18,8 @@ from kangaroo.drafters.copying.prompt_lookup import LookupConfig, PromptLookup
 from kangaroo.drafters.copying.rest import Rest, RestConfig
 from kangaroo.drafters.copying.suffixes import SuffixArray, join, load_sorter
 from kangaroo.drafters.draft_model import DraftModel, DraftModelConfig
+from kangaroo.drafters.eagle3.drafter import Eagle3, Eagle3ChainConfig, Eagle3Tree, Eagle3TreeConfig
+from kangaroo.drafters.eagle3.head import Eagle3Head, place_next
 from kangaroo.drafters.kangaroo.calibration import Calibration
 from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo.lookup import KangarooLookup, KangarooLookupConfig
@@ -24,6 +28,8 @@ from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.medusa.drafter import Medusa, MedusaChainConfig, MedusaTree, MedusaTreeConfig
 from kangaroo.drafters.medusa.heads import MedusaConfig, MedusaHeads
 from kangaroo.drafters.none import NoDrafter
+from kangaroo.exchange.checkpoint import Checkpoint, Table
+from kangaroo.exchange.eagle3 import make_head
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
@@ -60,6 +66,8 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     ),
     "medusa": lambda t: Medusa(t, make_heads(t), MedusaChainConfig()),
     "medusa-tree": lambda t: MedusaTree(t, make_heads(t), MedusaTreeConfig(top_k=3, nodes=9)),
+    "eagle3": lambda t: Eagle3(make_eagle3(t), Eagle3ChainConfig(max_draft=4, threshold=0.15)),
+    "eagle3-tree": lambda t: Eagle3Tree(make_eagle3(t), Eagle3TreeConfig(top_k=3, max_draft=3, nodes=10)),
     "draft-model": lambda t: DraftModel(
         make_draft_model(t), t.vocab_size, DraftModelConfig(first_draft=2, max_draft=5, threshold=0.1)
     ),
@@ -171,3 +179,43 @@ def make_heads(target: Target, heads: int = 3) -> MedusaHeads:
         wanted = torch.cat([one_hot[2 + head :] for one_hot in tokens])
         own.weight.copy_(8 * torch.linalg.lstsq(known, wanted).solution.T)
     return medusa
+
+
+@cache
+def make_eagle3(target: Target) -> Eagle3Head:
+    """A random head that drafts FEW tokens, and has learnt the texts of PROMPTS."""
+    config, tensors = release_files(target.model, FEW)
+    found = Checkpoint(Table(config, Path("config.json")), tensors, Path("pytorch_model.bin"), "")
+    head = make_head(found, target).to(target.dtype)
+    texts = list[list[int]]()
+    for sampling in (GREEDY, GREEDY_PENALISED, EVERYTHING):
+        answers = generate_ids(target, NoDrafter(), PROMPTS, sampling, max_tokens=20)
+        texts += [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    teach(head, texts)
+    return head
+
+
+@torch.inference_mode()
+def teach(head: Eagle3Head, texts: Sequence[Sequence[int]]) -> None:
+    """Make its map to the vocabulary the best linear one to what follows in the texts; it is still often wrong."""
+    target, vocabulary = head.target, head.vocabulary
+    assert vocabulary is not None
+    states, wanted = list[torch.Tensor](), list[torch.Tensor]()
+    for text in texts:
+        tokens, where = torch.tensor([list(text)]), sequence(1, len(text) - 1)
+        _, features = target.run(target.embed(tokens[:, :-1]), where, None, taps=head.config.taps)
+        cache, x = target.new_cache(1, len(text), head.cache_layers), head.fuse(features)
+        for ahead in (1, 2):  # from true features, and from the head's own output after them
+            where = place_next(where, len(text))
+            x = head(x, tokens[:, ahead:], where, cache)[:, :-1]
+            states.append(head.norm(x)[0])
+            wanted.append((tokens[0, 1 + ahead :, None] == vocabulary.tokens).to(x.dtype))
+            where = where[0 : where.slots.shape[1] - 1]
+    solved = torch.linalg.lstsq(torch.cat(states).double(), torch.cat(wanted).double(), driver="gelsd").solution
+    head.lm_head.weight.copy_(24 * solved.T)
+
+
+def eagle3_reference(target: Target) -> Reference:
+    """The same head in the layout of the release."""
+    config, tensors = release_files(target.model, FEW)
+    return Reference(target.model, tensors | {"lm_head.weight": make_eagle3(target).lm_head.weight}, config)

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 PUBLIC = """
     DRAFTERS Adapter AdapterConfig AdapterError AnswerStream BatchStream CapacityError ChainConfig Committed Completion
-    ConfigError DataError Decoder Draft DraftModelConfig Drafter Engine EngineClosed EngineStatus Grammar KVCache
-    KangarooError KangarooLookupConfig LLMAConfig LayerShape Logprobs LookupConfig MedusaChainConfig MedusaTreeConfig
-    ModelError Piece Placement Processor QueueFull Request RestConfig Round Sampling State Stats Stop Target Ticket
-    TokenLogprobs TreeConfig custom_generate decode load start
-""".split()  # noqa: SIM905 (a list would take 49 lines)
+    ConfigError DataError Decoder Draft DraftModelConfig Drafter Eagle3ChainConfig Eagle3TreeConfig Engine EngineClosed
+    EngineStatus Grammar KVCache KangarooError KangarooLookupConfig LLMAConfig LayerShape Logprobs LookupConfig
+    MedusaChainConfig MedusaTreeConfig ModelError Piece Placement Processor QueueFull Request RestConfig Round Sampling
+    State Stats Stop Target Ticket TokenLogprobs TreeConfig custom_generate decode load start
+""".split()  # noqa: SIM905 (a list would take 51 lines)
 NEED_A_SERVER = {"openai_client", "ray_serve"}
 """Examples that `serve/test_openai.py` runs, or that need what is not installed here."""
 

@@ -218,7 +218,9 @@ def model_logprobs(model: Target, request: Request, text: Sequence[int]) -> list
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, GREEDY_PENALISED, EVERYTHING], ids=["greedy", "penalised", "sampled"])
-@pytest.mark.parametrize("drafter", ["none", "kangaroo", "kangaroo-tree", "kangaroo+lookup", "medusa-tree", "rest"])
+@pytest.mark.parametrize(
+    "drafter", ["none", "kangaroo", "kangaroo-tree", "kangaroo+lookup", "medusa-tree", "eagle3-tree", "rest"]
+)
 def test_logprobs_are_the_models_own_of_accepted_drafts_too(drafter: str, sampling: Sampling) -> None:
     model = target("llama")
     work = [

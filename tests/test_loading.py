@@ -75,6 +75,8 @@ def test_every_config_belongs_to_a_drafter(folder: Path) -> None:
     for config, needs in (
         (kangaroo.MedusaChainConfig(), "heads"),
         (kangaroo.MedusaTreeConfig(), "heads"),
+        (kangaroo.Eagle3ChainConfig(), "eagle3"),
+        (kangaroo.Eagle3TreeConfig(), "eagle3"),
         (kangaroo.RestConfig(), "datastore"),
     ):
         with pytest.raises(ConfigError, match=f"needs {needs}"):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kangaroo.drafters.copying.prompt_lookup import LookupConfig
     from kangaroo.drafters.copying.rest import RestConfig
     from kangaroo.drafters.draft_model import DraftModelConfig
+    from kangaroo.drafters.eagle3.drafter import Eagle3ChainConfig, Eagle3TreeConfig
     from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
     from kangaroo.drafters.kangaroo.chain import ChainConfig
     from kangaroo.drafters.kangaroo.lookup import KangarooLookupConfig
@@ -65,6 +66,8 @@ __all__ = [
     "Draft",
     "DraftModelConfig",
     "Drafter",
+    "Eagle3ChainConfig",
+    "Eagle3TreeConfig",
     "Engine",
     "EngineClosed",
     "EngineStatus",
@@ -112,6 +115,7 @@ _PLACES = {
     "drafters.copying.prompt_lookup": ("LookupConfig",),
     "drafters.copying.rest": ("RestConfig",),
     "drafters.draft_model": ("DraftModelConfig",),
+    "drafters.eagle3.drafter": ("Eagle3ChainConfig", "Eagle3TreeConfig"),
     "drafters.kangaroo.adapter": ("Adapter", "AdapterConfig"),
     "drafters.kangaroo.chain": ("ChainConfig",),
     "drafters.kangaroo.lookup": ("KangarooLookupConfig",),

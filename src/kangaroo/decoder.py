@@ -229,7 +229,7 @@ def load(
     """A Decoder for a model: "demo" (SmolLM2-135M-Instruct), a folder, a hub name, or a model already loaded.
 
     `drafter` is a name in DRAFTERS, a config such as ChainConfig(...), or a function that makes a Drafter for a Target.
-    `settings` say where drafters' files lie (heads, draft_model, datastore: the demo model brings them), and how this
+    `settings` say where drafters' files lie (heads, eagle3, draft_model, datastore: the demo brings some), and how this
     one drafts (max_draft, threshold, exit_layer, ...). `allow_other_target` lets an adapter or heads draft for a
     relative of the model they were trained for: the text stays the target's own, fewer drafts are accepted.
 

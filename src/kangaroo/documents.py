@@ -2,10 +2,12 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kangaroo.chat import Messages, are_messages, need_text, render
 from kangaroo.checks import shown
@@ -109,3 +111,30 @@ def apply_template(document: Document, tokenizer: Any, messages: Messages, *, pr
             f"{document.where}: a conversation, but the target has no chat template; it needs plain text rows"
         )
     return render(tokenizer, messages, document.where, prompt=prompt)
+
+
+def answer_turns(messages: Messages) -> list[int]:
+    """The assistant turns that answer something."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+
+
+def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[list[int]]:
+    """What the target is to answer in each document: token ids, as decoding would see them.
+
+    A conversation is cut before one of its assistant turns, plain text after a quarter to a half of its tokens; both
+    chosen by (`seed`, place in the list). Conversations without an assistant turn are answered at their end.
+    """
+    chosen = []
+    for number, document in enumerate(documents):
+        draw = np.random.default_rng((seed, number)).random()
+        if document.messages is None:
+            ids = tokenizer((tokenizer.bos_token or "") + document.text, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+            chosen.append(list(ids[: max(1, int(len(ids) * (1 + draw) / 4))]))
+            continue
+        turns = answer_turns(document.messages)
+        end = turns[int(draw * len(turns))] if turns else len(document.messages)
+        text = apply_template(document, tokenizer, document.messages[:end], prompt=True)
+        chosen.append(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+    return chosen

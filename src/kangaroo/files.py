@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Likewise, a value as JSON that can be read by people too."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, which is given its name when all is written; if that fails, nothing is left of it.
+
+    Raises ConfigError if there is something of that name already, or nothing can be written there.
+    """
+    need_new(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(path):
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def need_new(path: Path) -> None:
+    """Raise ConfigError if there is something of that name already."""
+    with writing(path):
+        if path.exists() or path.is_symlink():
+            raise ConfigError(f"there is something at {name_path(path)} already; give a new --output")
 
 
 @contextmanager

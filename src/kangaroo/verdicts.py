@@ -1,5 +1,7 @@
 """What trials found, kept on disk for each machine, so that a second load need not try again."""
 
+import hashlib
+import json
 from typing import Any
 
 import torch

@@ -21,7 +21,11 @@ from kangaroo.model import Target
 from kangaroo.tensors import check_tensors, parse_tensors
 
 CONFIG = "config.json"
-KINDS = {"adapter.safetensors": "adapter", "heads.safetensors": "Medusa heads"}
+KINDS = {
+    "adapter.safetensors": "adapter",
+    "heads.safetensors": "Medusa heads",
+    "eagle3.safetensors": "EAGLE-3 head",
+}
 """What each file of weights holds, so that a folder of the wrong kind is recognised."""
 LATER = {"later": True}
 """Metadata of a config's field that came after the first files: one without it means the field's default."""

@@ -26,7 +26,7 @@ from kangaroo.sampling import Sampling
 from kangaroo.text import TextStream
 from kangaroo.training.recipe import read_recipe
 
-QUICK = [name for name in DRAFTERS if name not in ("medusa", "medusa-tree", "draft-model")]
+QUICK = [name for name in DRAFTERS if name not in ("medusa", "medusa-tree", "eagle3", "eagle3-tree", "draft-model")]
 NUMBERS = ("max_draft", "threshold", "exit_layer", "top_k", "longest", "shortest", "trigger", "max_copy", "nodes")
 SETTINGS = (*NUMBERS, "continuation", "occurrences", "draft_cost", "node_cost", "start_cost", "nonsense")
 TOGETHER = {"stop": "auto", "draft_cost": 0.1, "node_cost": 0.1, "start_cost": 0.0}

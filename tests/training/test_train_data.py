@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo.documents import Document, read_documents
+from kangaroo.documents import Document, prompts, read_documents
 from kangaroo.errors import DataError
 from kangaroo.training.batches import Batch, Joined, Packed, learnt_positions, place_documents, visit
-from kangaroo.training.corpus import Corpus, choose_documents, prompts, render, tokenize
+from kangaroo.training.corpus import Corpus, choose_documents, render, tokenize
 from kangaroo.training.recipe import DataSection
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]

@@ -10,6 +10,7 @@ from kangaroo.drafters.copying.llma import LLMA
 from kangaroo.drafters.copying.prompt_lookup import PromptLookup
 from kangaroo.drafters.copying.rest import Rest
 from kangaroo.drafters.draft_model import DraftModel
+from kangaroo.drafters.eagle3.drafter import Eagle3, Eagle3Tree
 from kangaroo.drafters.kangaroo.chain import Kangaroo
 from kangaroo.drafters.kangaroo.costs import Costs, measure_costs
 from kangaroo.drafters.kangaroo.lookup import KangarooLookup
@@ -42,13 +43,17 @@ def decoder_costs(decoder: Decoder, *, nodes: int = 8, repeats: int = 30) -> Cos
 
 
 def step_bytes(target: Target) -> int:
-    """Bytes of the weights that a plain step reads: all layers and the head."""
-    weights = sum(count_weights(layer) for layer in target.layers) + count_weights(target.head)
-    return weights * int(target.dtype.itemsize)
+    """Bytes of the weights that a plain step reads."""
+    return step_weights(target) * int(target.dtype.itemsize)
+
+
+def step_weights(target: Target) -> int:
+    """Weights that a plain step reads: those of all layers and the head."""
+    return sum(count_weights(layer) for layer in target.layers) + count_weights(target.head)
 
 
 def trained_parameters(decoder: Decoder) -> int:
-    """Weights that were trained for the decoder's drafter: an adapter's, heads', a draft model's; else 0."""
+    """Weights that were trained for the decoder's drafter: an adapter's, heads', a head's, a draft model's; else 0."""
     drafter = decoder.make_drafter()
     module: nn.Module | None = None
     if isinstance(drafter, DraftModel):
@@ -57,6 +62,8 @@ def trained_parameters(decoder: Decoder) -> int:
         module = drafter.model.adapter
     elif isinstance(drafter, Medusa | MedusaTree):
         module = drafter.heads
+    elif isinstance(drafter, Eagle3 | Eagle3Tree):
+        module = drafter.head
     return count_weights(module) if module is not None else 0
 
 
@@ -84,6 +91,9 @@ def describe(decoder: Decoder) -> dict[str, object]:
             facts["draft_vocabulary"] = adapter.config.draft_vocabulary or target.vocab_size
     if isinstance(drafter, Medusa | MedusaTree):
         facts["head_parameters"] = trained
+    if isinstance(drafter, Eagle3 | Eagle3Tree):
+        facts |= {"head_parameters": trained, "features_after_layers": list(drafter.taps)}
+        facts["draft_vocabulary"] = drafter.head.config.draft_vocabulary or target.vocab_size
     if isinstance(drafter, DraftModel):
         facts["draft_model_parameters"] = trained
     return facts
@@ -98,4 +108,6 @@ def method_costs(decoder: Decoder) -> MethodCosts | None:
     if isinstance(drafter, Kangaroo):
         measured = decoder_costs(decoder, nodes=drafter.nodes)
         return MethodCosts(draft_share=drafter.model.weight_share, measured=measured)
+    if isinstance(drafter, Eagle3):  # one pass of the whole head per token, the first of them over what was committed
+        return MethodCosts(draft_share=count_weights(drafter.head) / step_weights(decoder.target))
     return MethodCosts(draft_share=0.0) if isinstance(drafter, COPYING) else None

@@ -119,7 +119,7 @@ class BenchRecipe(Section):
     seed: Count = 0
     files: dict[str, str] = Field(default_factory=dict)
     """What the drafters of a model load, by the name of their setting, where a method names none: adapter, heads,
-    draft_model, datastore. The demo model brings its own."""
+    eagle3, draft_model, datastore. The demo model brings its own."""
     sampling: SamplingSection = SamplingSection()
     methods: tuple[MethodSection, ...] = ()
     """Beside the baseline, plain decoding in the same loop, which is always there and first."""

@@ -1,5 +1,6 @@
 """The command line: one file per verb, each a thin use of the library. The only place that prints."""
 
+import keyword
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -20,9 +21,11 @@ VERBS = {
     "report": "Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds.",
     "serve": "Answer requests of OpenAI's clients: chat, completions, streams. Ctrl-C ends it in good order.",
     "loadtest": "Ask a running server much at once, with speculation and without: speed, and are texts the same?",
+    "import": "Make usable here what others trained: a Kangaroo adapter, an EAGLE-3 head, a model for early exit.",
     "datastore": "Text for the rest drafter to copy from.",
 }
-"""A verb is the function of its name in the module of its name; here is the first line of its help."""
+"""A verb is the function of its name in the module of its name, which Python's own words have an underscore after; here
+is the first line of its help."""
 
 
 def make_app(verb: str | None) -> typer.Typer:
@@ -33,7 +36,8 @@ def make_app(verb: str | None) -> typer.Typer:
         if name != verb:
             app.command(name, help=summary)(_not_loaded)
             continue
-        found = getattr(import_module(f"kangaroo.cli.{name}"), name)
+        own = f"{name}_" if keyword.iskeyword(name) else name
+        found = getattr(import_module(f"kangaroo.cli.{own}"), own)
         if isinstance(found, typer.Typer):
             app.add_typer(found, name=name)
         else:

@@ -29,6 +29,7 @@ class ModelOptions:
     model: Annotated[str, typer.Option(help="'demo', a local folder, a GGUF file, or a hub name.")] = "demo"
     adapter: Annotated[Path | None, typer.Option(help="kangaroo: folder written by `kangaroo train`.")] = None
     heads: Annotated[Path | None, typer.Option(help="medusa: folder written by `kangaroo train`.")] = None
+    eagle3: Annotated[Path | None, typer.Option(help="eagle3: folder written by `kangaroo import`.")] = None
     draft_model: Annotated[str | None, typer.Option(help="draft-model: a folder or hub name.")] = None
     datastore: Annotated[Path | None, typer.Option(help="rest: file written by `kangaroo datastore build`.")] = None
     settings: Annotated[
@@ -84,7 +85,7 @@ class ModelOptions:
     def files(self) -> dict[str, Any]:
         """What was given for drafters to load, by the names of their settings."""
         given = {"adapter": self.adapter, "heads": self.heads, "draft_model": self.draft_model}
-        given["datastore"] = self.datastore
+        given |= {"eagle3": self.eagle3, "datastore": self.datastore}
         return {name: path for name, path in given.items() if path is not None}
 
     @property

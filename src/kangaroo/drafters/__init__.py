@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from kangaroo.drafters import draft_model, none
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.copying import llma, prompt_lookup, rest
+from kangaroo.drafters.eagle3 import drafter as eagle3
 from kangaroo.drafters.kangaroo import chain as kangaroo_chain  # a name of its own: `chain` is a module here
 from kangaroo.drafters.kangaroo import lookup, tree
 from kangaroo.drafters.medusa import drafter as medusa
@@ -24,6 +25,8 @@ DrafterConfig = (
     | lookup.KangarooLookupConfig
     | medusa.MedusaChainConfig
     | medusa.MedusaTreeConfig
+    | eagle3.Eagle3ChainConfig
+    | eagle3.Eagle3TreeConfig
     | draft_model.DraftModelConfig
     | prompt_lookup.LookupConfig
     | llma.LLMAConfig
@@ -51,6 +54,8 @@ DRAFTERS: dict[str, Entry] = {
     "early-exit-tree": Entry(tree.build_early_exit, None, tree.TreeConfig),
     "medusa": Entry(medusa.build, "heads", medusa.MedusaChainConfig),
     "medusa-tree": Entry(medusa.build_tree, "heads", medusa.MedusaTreeConfig),
+    "eagle3": Entry(eagle3.build, "eagle3", eagle3.Eagle3ChainConfig),
+    "eagle3-tree": Entry(eagle3.build_tree, "eagle3", eagle3.Eagle3TreeConfig),
     "draft-model": Entry(draft_model.build, "draft_model", draft_model.DraftModelConfig),
     "prompt-lookup": Entry(prompt_lookup.build, None, prompt_lookup.LookupConfig),
     "llma": Entry(llma.build, None, llma.LLMAConfig),
@@ -59,7 +64,7 @@ DRAFTERS: dict[str, Entry] = {
 
 FILES = tuple(dict.fromkeys(entry.files for entry in DRAFTERS.values() if entry.files))
 """The settings that name what drafters load."""
-OF_ONE_TARGET = {"adapter", "heads"}
+OF_ONE_TARGET = {"adapter", "heads", "eagle3"}
 """Those of them that hold weights trained for one target."""
 
 

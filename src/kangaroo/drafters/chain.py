@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kangaroo.drafters.draft_vocabulary import DraftVocabulary
+from kangaroo.drafters.draft_vocabulary import DraftTokens
 from kangaroo.sampling import Stream
 from kangaroo.state import Committed, Row, State
 from kangaroo.tree import Draft, Placement, Stop, chain
@@ -104,7 +104,7 @@ def draft_chain(
     limits: Sequence[int],
     stopping: Stopping,
     step: Callable[[Tensor, int], Tensor],
-    vocabulary: DraftVocabulary | None = None,
+    vocabulary: DraftTokens | None = None,
 ) -> Chain:
     """Draft at most `limits` tokens per row, and no more than it has room for.
 
@@ -145,7 +145,7 @@ def _reason(row: Row, sure: bool, limit: int) -> Stop:
 
 
 def choose(
-    logits: Tensor, tokens: Tensor, state: State, vocabulary: DraftVocabulary | None = None
+    logits: Tensor, tokens: Tensor, state: State, vocabulary: DraftTokens | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(drafted token [B, 1], the distribution [B, 1, V] it was drawn from if by `reject`) from logits [B, 1, V].
 

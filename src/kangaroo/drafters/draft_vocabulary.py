@@ -20,27 +20,45 @@ from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 
 
-class DraftVocabulary(nn.Module):
-    """Which tokens may be drafted, and their rows of the target's head, which are its own and not stored.
-
-    Raises ConfigError if it is larger than the target's vocabulary, or too small for the tokens that end a text.
-    """
+class DraftTokens(nn.Module):
+    """Which of the target's tokens may be drafted."""
 
     tokens: Tensor
     """[n] int64, rising."""
 
     def __init__(self, target: Target, size: int):
         super().__init__()
+        self._target = [target]  # in a list: the target's weights are not this module's
+        self.register_buffer("tokens", torch.arange(size, device=target.device))
+
+    def check(self, name: object) -> None:
+        """Raise AdapterError, naming where they come from, unless these are tokens that could have been chosen."""
+        tokens, most = self.tokens, self._target[0].vocab_size
+        if not (int(tokens[0]) >= 0 and int(tokens[-1]) < most and bool((tokens.diff() > 0).all())):
+            raise AdapterError(f"{name} is damaged: its draft vocabulary is not a rising list of the target's tokens")
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits [..., n] over the target's vocabulary [..., V]: -inf where nothing is drafted."""
+        full = logits.new_full((*logits.shape[:-1], self._target[0].vocab_size), -math.inf)
+        return full.index_copy_(-1, self.tokens, logits)
+
+
+class DraftVocabulary(DraftTokens):
+    """Such tokens and their rows of the target's head, which are its own and not stored.
+
+    Raises ConfigError if it is larger than the target's vocabulary, or too small for the tokens that end a text.
+    """
+
+    def __init__(self, target: Target, size: int):
+        super().__init__(target, size)
         ends = end_tokens(target.model)
         if not max(1, len(ends)) <= size <= target.vocab_size:
             raise ConfigError(
                 f"a draft vocabulary holds at least the {len(ends)} tokens that end a text and at most the target's "
                 f"{target.vocab_size}, got {size}"
             )
-        self._target = [target]  # in a list: the target's weights are not this module's
         self._rows: Callable[[Tensor], Tensor] | None = None
         self._packs = False
-        self.register_buffer("tokens", torch.arange(size, device=target.device))
 
     def choose(self, counts: Tensor) -> None:
         """Take the tokens that occur most, those that end a text in any case; counts [V]. Of equals, the lower id."""
@@ -51,11 +69,9 @@ class DraftVocabulary(nn.Module):
         self.tokens, self._rows = chosen.sort().values, None
 
     def check(self, name: object) -> None:
-        """Raise AdapterError, naming where they come from, unless these are tokens that could have been chosen."""
-        target, tokens = self._target[0], self.tokens
-        if not (int(tokens[0]) >= 0 and int(tokens[-1]) < target.vocab_size and bool((tokens.diff() > 0).all())):
-            raise AdapterError(f"{name} is damaged: its draft vocabulary is not a rising list of the target's tokens")
-        missing = set(end_tokens(target.model)) - set(tokens.tolist())
+        """Likewise; and the tokens that end a text must be among them."""
+        super().check(name)
+        missing = set(end_tokens(self._target[0].model)) - set(self.tokens.tolist())
         if missing:
             raise AdapterError(
                 f"{name}: the draft vocabulary lacks token {min(missing)}, which ends the target's texts; train again"
@@ -82,11 +98,6 @@ class DraftVocabulary(nn.Module):
             packed = pack(rows)
             return lambda y: packed_product(y, packed, bias)
         return lambda y: functional.linear(y.to(rows.device), rows, bias)
-
-    def spread(self, logits: Tensor) -> Tensor:
-        """Logits [..., n] over the target's vocabulary [..., V]: -inf where nothing is drafted."""
-        full = logits.new_full((*logits.shape[:-1], self._target[0].vocab_size), -math.inf)
-        return full.index_copy_(-1, self.tokens, logits)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kangaroo.chat import Messages
-from kangaroo.documents import Document, apply_template, read_as_model, read_documents
+from kangaroo.documents import Document, answer_turns, apply_template, read_as_model, read_documents
 from kangaroo.errors import DataError
 from kangaroo.inputs import open_file
 from kangaroo.training.recipe import DataSection
@@ -92,11 +91,6 @@ def render(document: Document, tokenizer: Any, assistant_only: bool) -> list[tup
     return turns
 
 
-def answer_turns(messages: Messages) -> list[int]:
-    """The assistant turns that answer something."""
-    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-
-
 def _turn(document: Document, tokenizer: Any, index: int) -> tuple[str, Spans]:
     """The conversation up to and including one assistant message, and where that message lies in it."""
     assert document.messages is not None
@@ -109,28 +103,6 @@ def _turn(document: Document, tokenizer: Any, index: int) -> tuple[str, Spans]:
             "generation prompt; set data.assistant_only = false to learn from whole conversations"
         )
     return text, [(len(before), len(text))]
-
-
-def prompts(documents: Sequence[Document], tokenizer: Any, seed: int) -> list[list[int]]:
-    """What the target is to answer in each document: token ids, as decoding would see them.
-
-    A conversation is cut before one of its assistant turns, plain text after a quarter to a half of its tokens; both
-    chosen by (`seed`, place in the list). Conversations without an assistant turn are answered at their end.
-    """
-    chosen = []
-    for number, document in enumerate(documents):
-        draw = np.random.default_rng((seed, number)).random()
-        if document.messages is None:
-            ids = tokenizer((tokenizer.bos_token or "") + document.text, add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
-            chosen.append(list(ids[: max(1, int(len(ids) * (1 + draw) / 4))]))
-            continue
-        turns = answer_turns(document.messages)
-        end = turns[int(draw * len(turns))] if turns else len(document.messages)
-        text = apply_template(document, tokenizer, document.messages[:end], prompt=True)
-        chosen.append(list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-    return chosen
 
 
 def choose_documents(paths: Sequence[Path], settings: DataSection, seed: int) -> tuple[list[Document], list[Document]]:

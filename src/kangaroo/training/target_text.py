@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo.decode import collect, decode, start
-from kangaroo.documents import Document
+from kangaroo.documents import Document, prompts
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import DataError
 from kangaroo.files import write_text, writing
@@ -18,7 +18,7 @@ from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.sealed import open_sealed, seal
 from kangaroo.state import Request
-from kangaroo.training.corpus import Corpus, prompts, tokenize
+from kangaroo.training.corpus import Corpus, tokenize
 from kangaroo.training.evaluation import HeldOut
 from kangaroo.training.recipe import FrozenTargetRecipe
 from kangaroo.training.report import Clock, Stage, TrainingReport

@@ -15,6 +15,7 @@ from kangaroo.drafters.chain import Stopping, Threshold
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
 from kangaroo.drafters.kangaroo.costs import measure_costs
+from kangaroo.drafters.kangaroo.exit_calibration import ExitCalibration
 from kangaroo.drafters.kangaroo.self_draft import (
     ADAPTER_SETTINGS,
     SelfChain,
@@ -23,7 +24,7 @@ from kangaroo.drafters.kangaroo.self_draft import (
     load_adapter,
 )
 from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
-from kangaroo.drafters.settings import Settings, configure
+from kangaroo.drafters.settings import Settings, configure, to_path
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -115,12 +116,37 @@ def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Ka
 
 
 def build_early_exit(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], Kangaroo]:
-    """Settings: exit_layer, and those of ChainConfig; confidences are calibrated for adapters only."""
-    exit_layer = choose_exit_layer(target, settings)
-    config = configure(ChainConfig, settings, also=("exit_layer",))
-    if config.stop == "auto":
-        raise ConfigError("stop = 'auto' needs an adapter, whose training calibrates its confidence; set a threshold")
-    return lambda: Kangaroo(target, None, exit_layer, config)
+    """Settings: exit_layer, or calibration, a folder that says it and makes "auto" possible; those of ChainConfig."""
+    calibrated = _load_calibration(target, settings)
+    exit_layer = choose_exit_layer(target, settings) if calibrated is None else calibrated.exit_layer
+    auto = settings.get("stop") == "auto"
+    config = configure(ChainConfig, {"max_draft": LONGEST} | dict(settings) if auto else settings, also=EXIT_SETTINGS)
+    if not auto:
+        return lambda: Kangaroo(target, None, exit_layer, config)
+    if calibrated is None:
+        raise ConfigError(
+            "stop = 'auto' needs calibrated confidences: an adapter, or calibration = a folder that `kangaroo import` "
+            "made for this model; or set a threshold"
+        )
+    curve, costs = calibrated.calibration, _costs(SelfDraft(target, None, exit_layer), config)
+    return lambda: Kangaroo(target, None, exit_layer, config, CostAware(curve, costs, longest=config.max_draft))
+
+
+EXIT_SETTINGS = ("exit_layer", "calibration", "allow_other_target")
+
+
+def _load_calibration(target: Target, settings: Settings) -> ExitCalibration | None:
+    if settings.get("calibration") is None:
+        return None
+    folder = to_path("calibration", settings["calibration"])
+    relative = bool(settings.get("allow_other_target", False))
+    found = ExitCalibration.load(folder, target, allow_other_target=relative)
+    if settings.get("exit_layer", found.exit_layer) != found.exit_layer:
+        raise ConfigError(
+            f"the calibration in {folder} is of exit layer {found.exit_layer}, not {settings['exit_layer']}; leave one "
+            "of the two out"
+        )
+    return found
 
 
 def _costs(model: SelfDraft, config: ChainConfig) -> DraftCosts:

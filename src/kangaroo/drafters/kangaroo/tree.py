@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kangaroo.drafters.branching import best_children
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.self_draft import ADAPTER_SETTINGS, SelfDraft, choose_exit_layer, load_adapter
 from kangaroo.drafters.settings import Settings, configure
@@ -106,18 +107,10 @@ class KangarooTree:
     def _grow(self, tree: _Growing, logits: Tensor, open_: Tensor, state: State) -> None:
         """Add the next level: the best K children of the open nodes."""
         tokens, parents, _ = tree.joined()
-        batch, width = tree.tokens[-1].shape
-        first = tokens.shape[1] - width
-        prefix = state.prefix(tokens, parents)
-        vocabulary = self.model.vocabulary
-        if vocabulary is not None:
-            logits = vocabulary.spread(logits)
-        scores = state.sampler.scores(logits, prefix)
-        if state.rule == "match":
-            depth = len(tree.tokens)
-            positions = (state.lengths + depth)[:, None].expand(batch, width)
-            scores = state.sampler.perturb(scores, positions, known=[*state.ahead(depth)] * width)
-        chances, candidates = scores.softmax(-1).topk(min(self._config.top_k, scores.shape[-1]), -1)
+        first = tokens.shape[1] - tree.tokens[-1].shape[1]
+        chances, candidates = best_children(
+            state, (tokens, parents), len(tree.tokens), logits, self._config.top_k, self.model.vocabulary
+        )
         joint = (chances * (tree.scores * open_)[..., None]).flatten(1)
         best, index = joint.topk(min(self._config.top_k, joint.shape[1]), -1)
         tree.parents.append(first + index // candidates.shape[-1])

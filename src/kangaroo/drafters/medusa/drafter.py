@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import LayerShape
+from kangaroo.drafters.branching import Grown, best_children, keep_best
 from kangaroo.drafters.chain import Threshold, draft_chain
+from kangaroo.drafters.last_states import LastStates
 from kangaroo.drafters.medusa.heads import MedusaHeads
 from kangaroo.drafters.settings import Settings, configure, need_path
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
-from kangaroo.state import Committed, State, arranged
-from kangaroo.tree import Draft, Stop, chain, pick
+from kangaroo.state import Committed, State
+from kangaroo.tree import Draft, chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,36 +53,23 @@ class MedusaTreeConfig:
             raise ConfigError(f"nodes must be in 2..64, the pending token included, got {self.nodes}")
 
 
-class LastStates:
-    """The target's state of each row's last committed token, and which rows have one."""
+class FinalStates:
+    """The target's state of each row's last committed token, behind its last layer."""
 
     def __init__(self, target: Target):
-        self._target, self.taps = target, (target.num_layers,)
-        self._states: Tensor | None = None  # [B, D], before the final norm
-        self.known = torch.zeros(0, dtype=torch.bool)  # [B]
+        self._target, self.taps, self.last = target, (target.num_layers,), LastStates()
 
     def observe(self, state: State, committed: Committed) -> None:
-        """Keep the newest state of each row; a prompt that begins anew takes the row over."""
-        x, count = committed.features[self._target.num_layers], committed.count
-        if self._states is None:
-            self._states = torch.zeros(state.batch, x.shape[-1], dtype=x.dtype, device=x.device)
-            self.known = torch.zeros_like(state.active)
-        rows = torch.arange(state.batch, device=x.device) if committed.where.rows is None else committed.where.rows
-        if committed.path is None:
-            self.known[rows] &= committed.where.positions[:, 0] > 0
-        newest = pick(x, (count - 1).clamp_min(0)[:, None])[:, 0]
-        self._states[rows] = torch.where(count[:, None] > 0, newest, self._states[rows])
-        self.known[rows] |= count > 0
+        """Keep the newest."""
+        self.last.keep(committed.features[self._target.num_layers], state, committed)
 
     def arrange(self, rows: Sequence[int]) -> None:
         """A state stays with its row."""
-        if self._states is not None:
-            self._states, self.known = arranged(self._states, rows), arranged(self.known, rows)
+        self.last.arrange(rows)
 
     def normed(self) -> Tensor:
         """[B, 1, D] after the final norm."""
-        assert self._states is not None, "drafting comes after the prompts"
-        return self._target.norm(self._states[:, None])
+        return self._target.norm(self.last.states)
 
 
 class Medusa:
@@ -90,8 +79,8 @@ class Medusa:
 
     def __init__(self, target: Target, heads: MedusaHeads, config: MedusaChainConfig):
         """Raises ConfigError for longer drafts than there are heads."""
-        self.heads, self._last = heads, LastStates(target)
-        self.taps, self.observe, self.arrange = self._last.taps, self._last.observe, self._last.arrange
+        self.heads, self._final = heads, FinalStates(target)
+        self.taps, self.observe, self.arrange = self._final.taps, self._final.observe, self._final.arrange
         self._limit = heads.config.heads if config.max_draft is None else config.max_draft
         self.nodes = self._limit + 1
         if self._limit > heads.config.heads:
@@ -99,10 +88,10 @@ class Medusa:
 
     def draft(self, state: State) -> Draft:
         """One token per head, as far as there is room."""
-        x = self._last.normed()
-        limits = (self._limit * self._last.known).tolist()
+        x, last = self._final.normed(), self._final.last
+        limits = (self._limit * last.known).tolist()
         drafted = draft_chain(state, limits, Threshold(0.0), lambda _, k: self.heads.logits(k, x))
-        return replace(drafted, stops=_reasons(state, self._last.known, self._limit)).draft()
+        return replace(drafted, stops=last.reasons(state, self._limit)).draft()
 
 
 class MedusaTree:
@@ -112,8 +101,8 @@ class MedusaTree:
 
     def __init__(self, target: Target, heads: MedusaHeads, config: MedusaTreeConfig):
         """Raises ConfigError for trees that could only be chains."""
-        self.heads, self._last, self._config = heads, LastStates(target), config
-        self.taps, self.observe, self.arrange = self._last.taps, self._last.observe, self._last.arrange
+        self.heads, self._final, self._config = heads, FinalStates(target), config
+        self.taps, self.observe, self.arrange = self._final.taps, self._final.observe, self._final.arrange
         self.nodes = config.nodes
         if config.nodes < heads.config.heads + 2:
             raise ConfigError(
@@ -123,8 +112,8 @@ class MedusaTree:
 
     def draft(self, state: State) -> Draft:
         """The nodes with the highest products of probabilities, as deep as there is room."""
-        rooms = torch.tensor(state.draft_rooms, device=state.room.device)
-        limits = (self.heads.config.heads * self._last.known).minimum(rooms)
+        last = self._final.last
+        limits = last.limits(state, self.heads.config.heads)
         depth = int(limits.max())
         tokens, parents = state.pending, torch.full_like(state.pending, -1)
         valid = torch.ones_like(tokens, dtype=torch.bool)
@@ -140,7 +129,7 @@ class MedusaTree:
             parents=parents,
             valid=valid,
             depth=depth,
-            stops=_reasons(state, self._last.known, self.heads.config.heads),
+            stops=last.reasons(state, self.heads.config.heads),
         )
 
     def _candidates(self, state: State, depth: int) -> tuple[Tensor, Tensor]:
@@ -149,27 +138,12 @@ class MedusaTree:
         Processors see the row up to the pending token; what stands between it and a candidate differs from path to
         path. Under `match` the candidates' probabilities are those after the target's own noise.
         """
-        x, prefix = self._last.normed(), state.prefix(state.pending, chain(state.batch, 1, state.tokens.device))
-        levels = []
-        for head in range(depth):
-            scores = state.sampler.scores(self.heads.logits(head, x), prefix)
-            if state.rule == "match":
-                positions, known = (state.lengths + 1 + head)[:, None], state.ahead(1 + head)
-                scores = state.sampler.perturb(scores, positions, known=known)
-            levels.append(scores.softmax(-1).topk(min(self._config.top_k, scores.shape[-1]), -1))
-        return torch.cat([level.values for level in levels], 1), torch.cat([level.indices for level in levels], 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """The drafted nodes of a tree, best first, [B, N] each."""
-
-    parents: Tensor
-    """Node numbers of a draft: 0 is the pending token, these nodes are 1 to N."""
-    places: Tensor
-    """Which candidate each node is: level x K + rank."""
-    products: Tensor
-    """Of probabilities from the root."""
+        x, root = self._final.normed(), (state.pending, chain(state.batch, 1, state.tokens.device))
+        levels = [
+            best_children(state, root, 1 + head, self.heads.logits(head, x), self._config.top_k)
+            for head in range(depth)
+        ]
+        return torch.cat([chances for chances, _ in levels], 1), torch.cat([tokens for _, tokens in levels], 1)
 
 
 def grow(chances: Tensor, most: int) -> Grown:
@@ -178,7 +152,7 @@ def grow(chances: Tensor, most: int) -> Grown:
     Ties go to the shallower node, then to the better parent, then to the candidate that comes first. A product is
     never above that of its beginning, so parents are chosen whenever their children are, and precede them.
     """
-    batch, levels, width = chances.shape
+    _, levels, width = chances.shape
     products, parents, places = [torch.ones_like(chances[:, 0, :1])], list[Tensor](), list[Tensor]()
     first = 0  # the newest level's first node, counted in the order in which nodes are made
     for level in range(levels):
@@ -188,26 +162,8 @@ def grow(chances: Tensor, most: int) -> Grown:
         places.append(level * width + index[:, :most] % width)
         first += products[-1].shape[1]
         products.append(best[:, :most])
-    made = torch.cat(products[1:], 1)
-    ranked, order = made.sort(dim=-1, descending=True, stable=True)
-    number = torch.zeros(batch, made.shape[1] + 1, dtype=torch.int64, device=made.device)
-    number[:, 1:] = order.argsort(-1) + 1  # the root keeps its 0
-    order = order[:, :most]
-    parent = number.gather(1, torch.cat(parents, 1).gather(1, order))
-    return Grown(parent, torch.cat(places, 1).gather(1, order), ranked[:, :most])
-
-
-def _reasons(state: State, known: Tensor, limit: int) -> tuple[Stop, ...]:
-    rows = zip(state.active.tolist(), (state.room - 1).tolist(), known.tolist(), strict=True)
-    return tuple(_reason(*row, limit) for row in rows)
-
-
-def _reason(active: bool, room: int, known: bool, limit: int) -> Stop:
-    if not active:
-        return Stop.INACTIVE
-    if room < 1:
-        return Stop.ROOM
-    return Stop.NOTHING if not known else Stop.ROOM if room <= limit else Stop.LENGTH
+    grown = keep_best(torch.cat(products[1:], 1), torch.cat(parents, 1), most)
+    return replace(grown, places=torch.cat(places, 1).gather(1, grown.places))
 
 
 HEADS_SETTINGS = ("heads", "allow_other_target")
