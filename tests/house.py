@@ -25,6 +25,7 @@ ORDER = """
     drafters
     accept decode
     stops text completion arguments streaming decoder hf
+    exchange exchange.standalone exchange.gguf exchange.hub exchange.launch exchange.export
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench"]
 """Folders that may use everything in ORDER, and none of one another."""

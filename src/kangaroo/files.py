@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Likewise, a value as JSON that can be read by people too."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """A place to write a new folder's files to, which becomes that folder when all is written, and else is gone.
+
+    Raises ConfigError if the folder exists and holds something or cannot be written, CapacityError if the disk is full.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{name_path(folder)} exists and is not an empty folder; give a new --output")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with writing(folder):
+        part.mkdir(parents=True)
+        try:
+            yield part
+            for file in part.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as written:
+                        os.fsync(written.fileno())
+            if folder.exists():
+                folder.rmdir()
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

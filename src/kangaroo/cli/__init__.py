@@ -18,6 +18,7 @@ VERBS = {
     "info": "Sizes of target and adapter, and what drafting and verifying cost here as a share of a full step.",
     "bench": "Measure methods side by side on a benchmark's questions. The same command goes on after an interruption.",
     "report": "Write report.md, report.csv and report.html: speed-ups with intervals, acceptance, time, bounds.",
+    "export": "Write an adapter as a draft for other engines, proven equal, and print the line that starts it there.",
     "datastore": "Text for the rest drafter to copy from.",
 }
 """A verb is the function of its name in the module of its name; here is the first line of its help."""
