@@ -10,12 +10,12 @@ from kangaroo import demo
 from kangaroo.demo.smollm2 import find_package_file, smollm2
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.errors import ConfigError
-from kangaroo.exchange.gguf import check_gguf, write_gguf
+from kangaroo.exchange.gguf import check_gguf, read_gguf, write_gguf
 from kangaroo.exchange.hub import write_hub_folder
 from kangaroo.exchange.launch import ENGINES, GGUF_FILE, Drafting, Launch, launch, readme
 from kangaroo.exchange.standalone import Proof, build_standalone, load_standalone, prove
 from kangaroo.files import writing_folder
-from kangaroo.gguf_file import is_gguf, load_gguf_model
+from kangaroo.gguf_file import is_gguf
 from kangaroo.loading import choose_device, choose_dtype, load_config, load_model, load_tokenizer
 from kangaroo.model import Target
 
@@ -86,10 +86,7 @@ def _write_draft(adapter: Adapter, folder: Path, engine: str, model: str) -> tup
         check_gguf(copied.config, target.dtype)
         path = folder / GGUF_FILE
         write_gguf(copied, path, tokenizer, _tokenizer_source(model))
-        rope = copied.config.rope_parameters  # transformers' reader leaves scaled ones out
-        more: dict[str, Any] = {"rope_parameters": rope} if rope.get("rope_type", "default") != "default" else {}
-        read = load_gguf_model(path, target.dtype, torch.device("cpu"), attn_implementation="eager", **more)
-        read = read.to(target.device)
+        read = read_gguf(path, target, copied.config)
     else:
         copied.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

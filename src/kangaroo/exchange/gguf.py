@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.families import SLIDING, layer_kinds
+from kangaroo.gguf_file import load_gguf_model
+from kangaroo.model import Target
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's name for a family."""
@@ -74,6 +76,20 @@ def write_gguf(model: PreTrainedModel, path: Path, tokenizer: Any, source: Path 
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def read_gguf(path: Path, target: Target, config: Any) -> PreTrainedModel:
+    """A draft with this configuration, read from its file by transformers, computing as the target does.
+
+    What transformers leaves unread of such files is taken from the configuration: scaled rotary embeddings, and the
+    size of qwen3's heads.
+    """
+    unread: dict[str, Any] = {"head_dim": config.head_dim} if config.model_type == "qwen3" else {}
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        unread["rope_parameters"] = config.rope_parameters
+    implementation = target.config._attn_implementation
+    cpu = torch.device("cpu")
+    return load_gguf_model(path, target.dtype, cpu, attn_implementation=implementation, **unread).to(target.device)
 
 
 def _context(config: Any) -> int:

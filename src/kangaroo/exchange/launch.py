@@ -53,7 +53,7 @@ def _vllm(draft: Drafting) -> Launch:
         language="sh",
         text=f"VLLM_USE_V2_MODEL_RUNNER=0 {line}",
         notes=(
-            f"vLLM drafts a fixed number of tokens, sure of them or not: start with {draft.fixed}, then measure one more, "
+            f"vLLM drafts a fixed number of tokens, sure of them or not: start with {draft.fixed}, then try one more "
             "and one less.",
             "`VLLM_USE_V2_MODEL_RUNNER=0` keeps the runner that captures the draft in piecewise graphs.",
             "With `--tensor-parallel-size N` the draft is split as the target is; its vocabulary is the target's.",
@@ -155,7 +155,7 @@ print(tokenizer.decode(output[0]))"""
         language="python",
         text=text,
         notes=(
-            "`trust_remote_code=True` is needed for folders on this machine too: read custom_generate/generate.py first.",
+            "`trust_remote_code=True` is needed for local folders too: read custom_generate/generate.py first.",
             "Once uploaded, the repository's name stands in place of the folder. `pip install -r "
             "custom_generate/requirements.txt` brings what it needs.",
             "The first call makes the model ready, which takes seconds; later ones with the same model find it so.",

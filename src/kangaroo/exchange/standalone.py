@@ -215,9 +215,9 @@ def read_weight(module: nn.Module, leaf: str = "weight") -> Tensor:
     width = getattr(module, "in_features", None)
     if leaf != "weight" or width is None:
         raise ModelError(f"cannot read {leaf!r} of a quantised {type(module).__name__}; export from the plain model")
-    like = next(p for p in module.parameters() if p is not None)
-    plain = like.dtype if like.dtype in PLAIN_DTYPES else torch.bfloat16
-    units = torch.eye(int(width), dtype=plain, device=like.device)
+    device = next(module.parameters()).device
+    kinds = [tensor.dtype for tensor in module.parameters() if tensor.dtype in PLAIN_DTYPES]
+    units = torch.eye(int(width), dtype=kinds[0] if kinds else torch.bfloat16, device=device)
     with torch.no_grad():
         dense: Tensor = module(units) - module(torch.zeros_like(units[:1]))
     return dense.T
