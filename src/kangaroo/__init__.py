@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kangaroo.streaming import AnswerStream, BatchStream
     from kangaroo.tree import Draft, Placement, Stop
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DRAFTERS",
     "Adapter",
