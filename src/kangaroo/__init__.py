@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from kangaroo.tree import Draft, Placement, Stop
     from kangaroo.worker import EngineStatus
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DRAFTERS",
     "Adapter",

@@ -80,25 +80,30 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write to, which is given its name when all is written; if that fails, nothing is left of it.
 
-    Raises ConfigError if there is something of that name already, or nothing can be written there.
+    Raises ConfigError if there is something there already, or it cannot be written; CapacityError if the disk is full.
     """
     need_new(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with writing(path):
-            temporary.mkdir(parents=True)
-        yield temporary
-        with writing(path):
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        part.mkdir(parents=True)
+        try:
+            yield part
+            for file in part.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as written:
+                        os.fsync(written.fileno())
+            if path.exists():
+                path.rmdir()
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def need_new(path: Path) -> None:
-    """Raise ConfigError if there is something of that name already."""
+    """Raise ConfigError unless there is nothing of that name, or an empty folder."""
     with writing(path):
-        if path.exists() or path.is_symlink():
-            raise ConfigError(f"there is something at {name_path(path)} already; give a new --output")
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise ConfigError(f"{name_path(path)} exists and is not an empty folder; give a new --output")
 
 
 @contextmanager

@@ -188,7 +188,7 @@ class Target:
         # Of a tree, the target's masks are in the order of paths; else they will do.
         way = None if cache is None or where.branches else self._way
         past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
-        inputs = self._layer_inputs(self._adapter_kind, where, x, way)
+        inputs = self._layer_inputs(self.adapter_kind, where, x, way)
         with self._computing(where, way):
             return attention(x, past_key_values=past, **inputs)[0]  # type: ignore[no-any-return]
 
@@ -200,7 +200,7 @@ class Target:
         config, added = copy.deepcopy(self.config), place + 1
         config.num_hidden_layers = self.num_layers + added
         if getattr(config, "layer_types", None):
-            config.layer_types = [*config.layer_types[: self.num_layers], *[self._adapter_kind] * added]
+            config.layer_types = [*config.layer_types[: self.num_layers], *[self.adapter_kind] * added]
         for rope_switch in ("no_rope_layers", "no_rope_layer_interval"):
             if isinstance(getattr(config, rope_switch, None), list):
                 setattr(config, rope_switch, [*getattr(config, rope_switch)[: self.num_layers], *[1] * added])
@@ -219,7 +219,8 @@ class Target:
         return cast(nn.Module, self._head)
 
     @property
-    def _adapter_kind(self) -> str:
+    def adapter_kind(self) -> str:
+        """The attention type of layers made by `new_attention`."""
         if self.config.model_type in ROTARY_IN_SLIDING_LAYERS_ONLY and SLIDING in self._kinds:
             return SLIDING
         return FULL if FULL in self._kinds else self._kinds[0]
@@ -231,7 +232,7 @@ class Target:
         x = torch.zeros(1, 1, self.width, dtype=dtype, device=device)
         where = sequence(1, 1, device)
         with torch.no_grad():
-            attention(x, past_key_values=recorder, **self._layer_inputs(self._adapter_kind, where, x))
+            attention(x, past_key_values=recorder, **self._layer_inputs(self.adapter_kind, where, x))
         (shape,) = recorder.shapes.values()
         return shape
 

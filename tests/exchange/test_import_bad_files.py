@@ -285,7 +285,7 @@ def test_an_output_that_exists(place: Path, tmp_path: Path, refuse: Callable[...
     (tmp_path / "taken").mkdir()
     (tmp_path / "a file").touch()
     for output in (tmp_path / "taken", tmp_path / "a file"):
-        assert "there is something at" in refuse(folder, output=output)
+        assert "not an empty folder" in refuse(folder, output=output)
     assert "cannot write" in refuse(folder, output=tmp_path / "a file" / "made")
 
 

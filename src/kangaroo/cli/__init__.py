@@ -22,6 +22,7 @@ VERBS = {
     "serve": "Answer requests of OpenAI's clients: chat, completions, streams. Ctrl-C ends it in good order.",
     "loadtest": "Ask a running server much at once, with speculation and without: speed, and are texts the same?",
     "import": "Make usable here what others trained: a Kangaroo adapter, an EAGLE-3 head, a model for early exit.",
+    "export": "Write an adapter as a draft for other engines, proven equal, and print the line that starts it there.",
     "datastore": "Text for the rest drafter to copy from.",
 }
 """A verb is the function of its name in the module of its name, which Python's own words have an underscore after; here

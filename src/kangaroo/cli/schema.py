@@ -161,6 +161,37 @@ class Build(_Facts):
     seconds: float
 
 
+class Equality(_Facts):
+    """How an exported draft's logits compare with the drafter's."""
+
+    tokens: int
+    dtype: str
+    largest: float
+    """The largest difference; 0 is bit for bit."""
+    largest_drafted: float
+    """Likewise over the draft vocabulary."""
+
+
+class Line(_Facts):
+    """How the engine is started."""
+
+    language: str
+    text: str
+    notes: list[str]
+
+
+class Export(_Facts):
+    """`export`."""
+
+    folder: str
+    layers: int
+    parameters: int
+    dtype: str
+    proof: Equality | None
+    """Null for the hub, where nothing is copied."""
+    launch: Line
+
+
 Info = dict[str, Any]
 """`info`: sizes, and costs as shares of a full step; which there are depends on the drafter."""
 
@@ -170,5 +201,6 @@ VERBS: dict[str, Any] = {
     "compare": Compare,
     "demo": Demo,
     "datastore build": Build,
+    "export": Export,
     "info": Info,
 }

@@ -1,1 +1,1 @@
-"""Exchange with other projects: what they trained, made usable here."""
+"""Exchange with other programs: drafters others have trained, and engines that other people run."""
