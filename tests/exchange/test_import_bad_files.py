@@ -283,6 +283,7 @@ def test_folders_that_are_none_of_these(place: Path, tmp_path: Path, refuse: Cal
 def test_an_output_that_exists(place: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     folder = write(tmp_path / "theirs", *eagle3(place), "model.safetensors")
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
     (tmp_path / "a file").touch()
     for output in (tmp_path / "taken", tmp_path / "a file"):
         assert "not an empty folder" in refuse(folder, output=output)
