@@ -396,6 +396,5 @@ def check_exit_layer(exit_layer: int, target: Target) -> None:
     """Raise ConfigError unless some layers lie before and some after the exit."""
     if not 0 <= exit_layer < target.num_layers:
         raise ConfigError(
-            f"exit layer must be in 0..{target.num_layers - 1} for a target of {target.num_layers} layers, "
-            f"got {exit_layer}"
+            f"exit layer must be in 0..{target.num_layers - 1} for a target of {target.num_layers} layers, got {exit_layer}"
         )
