@@ -246,6 +246,24 @@ def test_linears_that_read_the_same_are_one_product() -> None:
     assert product._latest is None, "nothing is kept once all have been asked"
 
 
+@pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="this build of torch cannot pack weights")
+@torch.inference_mode()
+def test_an_adapter_that_is_to_draft_says_the_same_from_packed_weights() -> None:
+    run = Target(wide(torch.float32), pack=True)
+    adapter = make_adapter(run, variant="full-layer", layers=2, draft_vocabulary=20)
+    x, where, got = torch.randn(1, 3, run.width), place_chain(torch.tensor([2]), 3, 5, 2), []
+    shapes, names = adapter.cache_layers, list(adapter.state_dict())
+    for _ in range(2):
+        cache = run.new_cache(1, 8, shapes)
+        got.append(adapter.logits(adapter(x, where, cache)))
+        adapter.prepare()
+    assert got[0].shape == (1, 3, 20)
+    assert torch.allclose(*got, atol=1e-4)
+    assert any(isinstance(module, PackedLinear) for module in adapter.modules())
+    assert adapter.cache_layers == shapes
+    assert list(adapter.state_dict()) == names
+
+
 def test_a_model_that_was_passed_in_keeps_its_weights(tmp_path: Path) -> None:
     model = wide(torch.float32)
     names = list(model.state_dict())
