@@ -1,6 +1,6 @@
 """Many requests at once: questions that come as they please, against the same questions one at a time.
 
-python examples/engine.py [questions] [tokens]
+`QUESTIONS=16 TOKENS=48 python examples/engine.py` asks more of them, at greater length.
 """
 
 import asyncio
