@@ -24,7 +24,8 @@ ORDER = """
     drafters.medusa drafters.medusa.heads drafters.medusa.drafter
     drafters
     accept decode
-    stops text grammar forced completion arguments prefixes scheduler streaming tickets engine decoder hf
+    stops text grammar forced completion arguments load prefixes scheduler streaming tickets worker engine decoder
+    hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench", "serve"]
 """Folders that may use everything in ORDER, and none of one another."""

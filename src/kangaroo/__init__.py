@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kangaroo.drafters.kangaroo.lookup import KangarooLookupConfig
     from kangaroo.drafters.kangaroo.tree import TreeConfig
     from kangaroo.drafters.medusa.drafter import MedusaChainConfig, MedusaTreeConfig
-    from kangaroo.engine import Engine, EngineStatus
+    from kangaroo.engine import Engine
     from kangaroo.errors import (
         AdapterError,
         CapacityError,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from kangaroo.streaming import AnswerStream, BatchStream
     from kangaroo.tickets import Ticket
     from kangaroo.tree import Draft, Placement, Stop
+    from kangaroo.worker import EngineStatus
 
 __version__ = "0.1.0"
 __all__ = [
@@ -116,7 +117,7 @@ _PLACES = {
     "drafters.kangaroo.lookup": ("KangarooLookupConfig",),
     "drafters.kangaroo.tree": ("TreeConfig",),
     "drafters.medusa.drafter": ("MedusaChainConfig", "MedusaTreeConfig"),
-    "engine": ("Engine", "EngineStatus"),
+    "engine": ("Engine",),
     "errors": (
         "AdapterError",
         "CapacityError",
@@ -136,6 +137,7 @@ _PLACES = {
     "streaming": ("AnswerStream", "BatchStream"),
     "tickets": ("Ticket",),
     "tree": ("Draft", "Placement", "Stop"),
+    "worker": ("EngineStatus",),
 }
 _HOME = {name: f"kangaroo.{module}" for module, names in _PLACES.items() for name in names}
 

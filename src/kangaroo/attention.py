@@ -6,6 +6,7 @@ looks at whole blocks of slots. Prompts go in blocks of 64 queries that begin at
 prompt a pass holds. Outside of `steady` a model's attention is its own.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,17 +25,21 @@ OWN = ("sdpa", "eager")
 _HONOURED = {"scaling", "softcap", "s_aux", "position_ids", "sliding_window", "is_causal", "use_cache"}
 """What a family may hand to its attention beyond the common arguments. Windows are in the mask already."""
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Threads may share a model, and a model's configuration says what its attention is."""
+
 
 @contextmanager
 def steady(config: Any, one: Pass) -> Iterator[None]:
     """Compute what is inside as one pass; layers that share this configuration take their attention from here."""
-    plain = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        with computing(one):
-            yield
-    finally:
-        config._attn_implementation = plain
+    with _ONE_AT_A_TIME:
+        plain = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            with computing(one):
+                yield
+        finally:
+            config._attn_implementation = plain
 
 
 def ways(implementation: str) -> list[Attention]:

@@ -60,17 +60,18 @@ class KVCache:
         self._visible: tuple[int, Views] = 0, {}
         self._rows = {keys.device: torch.arange(batch, device=keys.device) for _, keys, _ in self._stacks}
 
-    def arrange(self, rows: Sequence[int], slots: int, length: int) -> None:
+    def arrange(self, rows: Sequence[int], slots: int, length: int, reserve: int = 0) -> None:
         """From now on row i is the one that was rows[i] (-1: a new one), and each has `slots` slots or more.
 
-        Rows that move come from places that are given up. The first `length` slots are kept.
+        Rows that move come from places that are given up. The first `length` slots are kept. If storage has to grow, it
+        does so for `reserve` rows.
 
         Raises CapacityError if more storage is needed than there is.
         """
         assert all(old in (-1, row) or old >= len(rows) for row, old in enumerate(rows)), "a row would be overwritten"
         grows = slots > self.slots or len(rows) > self._held
         if grows:
-            held, slots = max(self._held, len(rows)), max(self.slots, slots)
+            held, slots = max(self._held, len(rows), reserve), max(self.slots, slots)
             self._check_growth(held, slots)
             self._held, self.slots = held, slots
         moves = [(row, old) for row, old in enumerate(rows) if old >= 0 and (grows or old != row)]

@@ -119,6 +119,11 @@ class Transcript:
         self.completion: Completion | None = None
         """The whole answer, once it is there."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether the whole answer is there."""
+        return self.completion is not None
+
     def read(self, done: Round, row: int) -> list[Piece]:
         """What a round has emitted in its row, up to the token that ends the answer; the last is the target's own."""
         emitted, pieces = done.emitted[row], list[Piece]()

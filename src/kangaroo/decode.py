@@ -15,7 +15,7 @@ from kangaroo.drafters.base import Drafter
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.logprobs import TokenLogprobs, token_logprobs
 from kangaroo.model import Target
-from kangaroo.sampling import Sampler
+from kangaroo.sampling import Sampler, check_bias
 from kangaroo.state import Committed, Request, State
 from kangaroo.tree import Draft, Placement, Stop, Verdict, place_at
 
@@ -100,6 +100,7 @@ def check_request(request: Request, target: Target, eos: Sequence[int] = ()) -> 
         raise DataError(f"the prompt has {len(request.prompt)} tokens, but the context holds {target.context}")
     if not 0 <= min(request.prompt) <= max(request.prompt) < target.vocab_size:
         raise DataError(f"the prompt holds token ids outside the vocabulary of {target.vocab_size}")
+    check_bias(request.sampling, target.vocab_size)
     _check_ends(request, target, eos)
     if request.processor is not None:  # a mistake should not wait for the first round
         kind = torch.float64 if target.dtype == torch.float64 else torch.float32

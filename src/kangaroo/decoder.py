@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kangaroo import demo
 from kangaroo.arguments import Arguments, Processors, Samplings, encode_all
+from kangaroo.checks import need_whole
 from kangaroo.completion import Completion
 from kangaroo.constraints import Processor
 from kangaroo.decode import check_request
@@ -110,12 +111,14 @@ class Decoder:
         ignore_eos: bool = False,
         logprobs: Logprobs | int | None = None,
         processor: Processors = None,
+        rows: int | None = None,
     ) -> list[Completion]:
         """Complete a batch of prompts together: n answers to each, flat, prompt by prompt.
 
         The i-th answer to a prompt has the index of its Sampling plus i. A pair of prompt and Sampling that occurs
         again takes the next free indices, so no two answers are the same by accident; pairs that differ get what they
-        would get alone. No answer ends before `min_tokens`, neither at an end nor at a stop string.
+        would get alone. No answer ends before `min_tokens`, neither at an end nor at a stop string. `rows` is how many
+        answers are written at once, the others waiting for their turn; None writes all of them.
 
         Raises DataError for prompts that are none, or a single one outside a list; ConfigError for other arguments;
         CapacityError if the batch does not fit in memory.
@@ -131,6 +134,7 @@ class Decoder:
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             processor=processor,
+            rows=rows,
         )
         for _ in stream:
             pass
@@ -149,6 +153,7 @@ class Decoder:
         ignore_eos: bool = False,
         logprobs: Logprobs | int | None = None,
         processor: Processors = None,
+        rows: int | None = None,
     ) -> BatchStream:
         """The same answers as pieces, as they come. Errors in the arguments are raised here, before the first piece."""
         arguments = Arguments(
@@ -162,6 +167,8 @@ class Decoder:
             logprobs=logprobs,
             processor=processor,
         )
+        if rows is not None and need_whole("rows", rows) < 1:
+            raise ConfigError(f"rows is how many answers are written at once, at least 1, got {rows}")
         tokens = encode_all(prompts, self.tokenizer)
         if not tokens:
             raise DataError("there are no prompts")
@@ -169,7 +176,7 @@ class Decoder:
         texts = arguments.texts(self.tokenizer, len(requests))
         ruled = any(isinstance(request.processor, Grammar) for request in requests)
         make_drafter = forcing(self.make_drafter, self.target) if ruled else self.make_drafter
-        return BatchStream(self.target, make_drafter, requests, texts, self.eos)
+        return BatchStream(self.target, make_drafter, requests, texts, self.eos, rows)
 
     def stream(
         self,

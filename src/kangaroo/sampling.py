@@ -113,6 +113,15 @@ def _check_bias(bias: object) -> None:
             )
 
 
+def check_bias(sampling: Sampling, vocab_size: int) -> None:
+    """Raise ConfigError for a bias on tokens that there are not, or on all of them."""
+    outside = [token for token in sampling.logit_bias if token >= vocab_size]
+    if outside:
+        raise ConfigError(f"logit_bias names token {outside[0]}, but the vocabulary has {vocab_size} tokens")
+    if sum(bias == -math.inf for bias in sampling.logit_bias.values()) == vocab_size:
+        raise ConfigError("logit_bias forbids every token of the vocabulary: leave at least one")
+
+
 Columns = Sequence[tuple[int, ...]]
 """Columns of a tensor [B, N], on the host."""
 NOISE_KEPT = 1 << 20
@@ -155,29 +164,22 @@ class Sampler:
         self.constrain: Callable[[Tensor, Prefix], Tensor] | None = None
         """What else changes scores, between penalties and temperature (`constraints.py`)."""
         for sampling in rows:
-            self._check(sampling)
+            check_bias(sampling, vocab_size)
         self._pack()
 
     def replace(self, row: int, sampling: Sampling) -> None:
         """Give a row another Sampling, for a request that takes the row over."""
-        self._check(sampling)
+        check_bias(sampling, self.vocab_size)
         self._rows[row] = sampling
         self._pack()
 
     def arrange(self, rows: Sequence[int], joining: Sequence[Sampling]) -> None:
         """From now on row i is the one that was rows[i]; -1: the next of `joining`."""
         for sampling in joining:
-            self._check(sampling)
+            check_bias(sampling, self.vocab_size)
         fresh = iter(joining)
         self._rows = [self._rows[old] if old >= 0 else next(fresh) for old in rows]
         self._pack()
-
-    def _check(self, sampling: Sampling) -> None:
-        outside = [token for token in sampling.logit_bias if token >= self.vocab_size]
-        if outside:
-            raise ConfigError(f"logit_bias names token {outside[0]}, but the vocabulary has {self.vocab_size} tokens")
-        if sum(bias == -math.inf for bias in sampling.logit_bias.values()) == self.vocab_size:
-            raise ConfigError("logit_bias forbids every token of the vocabulary: leave at least one")
 
     def _pack(self) -> None:
         def column(values: list[float]) -> Tensor:

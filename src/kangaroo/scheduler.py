@@ -8,18 +8,50 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from kangaroo.completion import Piece, Transcript
+from kangaroo.completion import Piece, Stats
 from kangaroo.decode import PREFILL_CHUNK, Round, allocate, prefill_chunk, step
 from kangaroo.drafters.base import Drafter
 from kangaroo.errors import CapacityError
+from kangaroo.load import Load
 from kangaroo.machine import synchronise
 from kangaroo.model import Target
 from kangaroo.passes import PROMPT_ROWS as BLOCK
 from kangaroo.prefixes import PrefixStore
 from kangaroo.state import Request, State
+
+ASKED_NOT_TO, TOO_MANY = "asked not to", "too many rows"
+"""Why nothing is drafted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a scheduler takes on."""
+
+    rows: int
+    """Tasks that run at once."""
+    capacity: int | None = None
+    """Tokens that a task may have, prompt included; None: as many as fit in memory."""
+    prefix_tokens: int = 0
+    """Tokens of prompts that have been run, kept for later ones that begin alike."""
+
+
+class Answer(Protocol):
+    """What becomes of a task's tokens; a Transcript is one."""
+
+    stats: Stats
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is whole."""
+        ...
+
+    def read(self, done: Round, row: int) -> list[Piece]:
+        """A round has emitted something in the task's row."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +60,7 @@ class Task:
 
     request: Request
     """A checked one."""
-    transcript: Transcript
+    answer: Answer
     read: int = 0
     """Tokens of its prompt that have been run."""
     served: int = 0
@@ -44,7 +76,7 @@ class Task:
     @property
     def ended(self) -> bool:
         """Whether its row is free for others."""
-        return self.cancelled or self.transcript.completion is not None
+        return self.cancelled or self.answer.ended
 
     @property
     def unread(self) -> bool:
@@ -77,23 +109,25 @@ class Scheduler:
         target: Target,
         make_drafter: Callable[[], Drafter],
         eos: Sequence[int],
+        limits: Limits,
         *,
-        rows: int,
-        capacity: int | None = None,
-        prefix_tokens: int = 0,
+        rule: str = "match",
+        weigh: bool = False,
     ):
-        """`rows` is how many tasks run at once, `capacity` how many tokens each may have, prompt included.
-
-        Of prompts that have been run, `prefix_tokens` tokens are kept for later ones that begin alike.
+        """`rule` says which drafted tokens survive (`accept.py`). With `weigh`, nothing is drafted while that does not
+        pay; what is drafted then depends on the time that rounds take.
         """
-        self.target, self.eos, self.rows, self.capacity = target, tuple(eos), rows, capacity
-        self._make_drafter = make_drafter
+        self.target, self.eos, self.limits = target, tuple(eos), limits
+        self._make_drafter, self._rule = make_drafter, rule
         self._waiting: deque[Task] = deque()
         self._seated: list[Task] = []
         """The tasks of the state's rows, in order."""
         self._live: tuple[Drafter, State] | None = None
         """None while there are no rows."""
-        self._pieces, self._prefixes = 0, PrefixStore(prefix_tokens)
+        self._reading: list[Task] = []
+        """Those whose prompts are being run."""
+        self._load = Load() if weigh else None
+        self._pieces, self._prefixes = 0, PrefixStore(limits.prefix_tokens)
         self.drafting = True
         """Whether drafts pay under the present load."""
 
@@ -114,17 +148,18 @@ class Scheduler:
 
     def check(self, task: Task) -> None:
         """Raise CapacityError for a task that is longer than a row."""
-        if self.capacity is not None and task.size > self.capacity:
+        capacity = self.limits.capacity
+        if capacity is not None and task.size > capacity:
             raise CapacityError(
                 f"a request of {len(task.request.prompt)} + {task.request.max_tokens} tokens does not fit a row of "
-                f"{self.capacity}; shorten the prompt, lower max_tokens, or make rows longer (capacity)"
+                f"{capacity}; shorten the prompt, lower max_tokens, or make rows longer (capacity)"
             )
 
     def submit(self, task: Task) -> None:
         """Have a task wait for a row."""
         self.check(task)
         if not task.request.speculate:
-            task.speculation = "asked not to"
+            task.speculation = ASKED_NOT_TO
         self._waiting.append(task)
 
     def cancel(self, task: Task) -> None:
@@ -137,10 +172,11 @@ class Scheduler:
         """After an error: give up the tasks that it concerns, and return them."""
         blamed = None if self._live is None else self._live[1].constraints.blamed
         concerned = [task for task in self._seated if not task.ended]
-        if blamed is not None:
-            concerned = [self._seated[blamed]]
+        if self._reading or blamed is not None:
+            concerned = self._reading if blamed is None else [self._seated[blamed]]
         else:  # what the error has left of the rows is not known
             self._seated, self._live = [], None
+        self._reading = []
         for task in concerned:
             self.cancel(task)
         return concerned
@@ -154,7 +190,7 @@ class Scheduler:
         synchronise(self.target.device)
         share = (time.perf_counter() - began) / len(self._seated)
         for task in self._seated:
-            task.transcript.stats.prefill_seconds = share
+            task.answer.stats.prefill_seconds = share
 
     def step(self) -> Step:
         """Give rows away, run a piece of a prompt, then a round over the rows whose prompts have been run."""
@@ -162,20 +198,46 @@ class Scheduler:
         self._read_piece()
         if self._live is None or not self._live[1].running:
             return Step()
+        self._weigh()
         began = time.perf_counter()
         done = step(self.target, *self._live)
+        seconds = time.perf_counter() - began
         working = [row for row, emitted in enumerate(done.emitted) if emitted]
-        share, pieces = (time.perf_counter() - began) / len(working), list[tuple[Task, list[Piece]]]()
+        self._learn(done, working, seconds)
+        pieces = list[tuple[Task, list[Piece]]]()
         for row in working:
             task = self._seated[row]
-            pieces.append((task, task.transcript.read(done, row)))
-            task.transcript.stats.decode_seconds += share
+            pieces.append((task, task.answer.read(done, row)))
+            task.answer.stats.decode_seconds += seconds / len(working)
         return Step(pieces, done, working)
+
+    def _weigh(self) -> None:
+        """Draft in the coming round if that pays."""
+        if self._load is None or self._live is None:
+            return
+        state = self._live[1]
+        rows = sum(row.active for row in state.rows)
+        state.drafting, state.price, self.drafting = (
+            self._load.drafts(rows),
+            self._load.price(rows),
+            self._load.pays(rows),
+        )
+        for task in self._seated:
+            if task.request.speculate:
+                task.speculation = "on" if self.drafting else TOO_MANY
+
+    def _learn(self, done: Round, working: Sequence[int], seconds: float) -> None:
+        """What the round has cost and brought."""
+        if self._load is None or self._live is None:
+            return
+        if any(self._seated[row].request.speculate for row in working):
+            tokens, steps = sum(map(len, done.emitted)), max(done.drafted)
+            self._load.learn(len(working), self._live[1].drafting, tokens, steps, seconds)
 
     def _give_rows(self) -> None:
         """Free the rows of tasks that have ended, and give rows to those that wait."""
         kept = {row for row, task in enumerate(self._seated) if not task.ended}
-        count = min(len(self._waiting), self.rows - len(kept))
+        count = min(len(self._waiting), self.limits.rows - len(kept))
         if count == 0 and len(kept) == len(self._seated):
             return
         if kept:
@@ -194,10 +256,13 @@ class Scheduler:
         assert self._live is not None, "rows are kept"
         drafter, state = self._live
         joining = [self._waiting[number] for number in range(count)]
-        longest = max((task.size for task in self._waiting), default=0)  # so that storage grows seldom
+        order, most = arrangement(kept, count), self.limits.capacity or 0
+        longest = max((task.size for task in self._waiting), default=0)
+        if longest > state.capacity:  # by so much that storage grows seldom
+            longest = max(longest, min(most, 2 * state.capacity))
+        reserve = min(self.limits.rows, 2 * len(order))
         try:
-            order = arrangement(kept, count)
-            state.arrange(order, [task.request for task in joining], longest)
+            state.arrange(order, [task.request for task in joining], longest, reserve)
         except CapacityError:  # they wait until the rows are fewer, or none
             joining, order = [], arrangement(kept, 0)
             state.arrange(order, [])
@@ -211,7 +276,7 @@ class Scheduler:
         """A state of these requests alone."""
         longest = max((task.size for task in self._waiting), default=0)
         drafter = self._make_drafter()
-        state = allocate(self.target, drafter, requests, eos=self.eos, rule="match", capacity=longest)
+        state = allocate(self.target, drafter, requests, eos=self.eos, rule=self._rule, capacity=longest)
         for row in range(len(requests)):
             state.finish(row)
         self._live = drafter, state
@@ -222,7 +287,7 @@ class Scheduler:
         rows = self._read_some(1)
         seconds = time.perf_counter() - began
         for row in rows:
-            self._seated[row].transcript.stats.prefill_seconds += seconds / len(rows)
+            self._seated[row].answer.stats.prefill_seconds += seconds / len(rows)
 
     def _read_some(self, most: int) -> list[int]:
         """Run a piece of some prompts: as many as fit in one piece, or in `most`. Returns their rows."""
@@ -237,12 +302,13 @@ class Scheduler:
         rows, begin, width = self._choose(unread, most)
         whole = len(rows) == state.batch
         chosen = None if whole else torch.tensor(rows, device=self.target.device)
+        self._pieces, self._reading = self._pieces + 1, [self._seated[row] for row in rows]
         committed = prefill_chunk(self.target, drafter, state, chosen, begin, width)
-        self._pieces += 1
         for place, row in enumerate(rows):
             self._prefixes.remember(state, row, begin, committed, place)
             self._seated[row].served = self._pieces
             self._advance(row, begin + width)
+        self._reading = []
         return rows
 
     def _choose(self, unread: Sequence[int], most: int) -> tuple[list[int], int, int]:

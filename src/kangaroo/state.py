@@ -106,7 +106,11 @@ class State:
         self.prompt_lengths = torch.ones_like(self.lengths)
         self.room = torch.zeros_like(self.lengths)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.rounds, self.drafting = 0, True
+        self.rounds = 0
+        self.drafting = True
+        """Whether anything is to be drafted in the coming round."""
+        self.price: float | None = None
+        """What a drafted token costs with these rows, in plain rounds, if that has been measured."""
         self.rows = [self._seat(row, request) for row, request in enumerate(requests)]
         self._constrain()
 
@@ -116,15 +120,15 @@ class State:
         return self.cache.slots - self.spare
 
     @torch.inference_mode()
-    def arrange(self, rows: Sequence[int], joining: Sequence[Request], capacity: int = 0) -> None:
+    def arrange(self, rows: Sequence[int], joining: Sequence[Request], capacity: int = 0, reserve: int = 0) -> None:
         """From now on row i is the one that was rows[i]; -1: a new one, of the next of the requests that join.
 
         New rows are inactive until their prompts are prefilled (`begin`). Rows that move come from places that are
-        given up. All hold `capacity` tokens or more.
+        given up. All hold `capacity` tokens or more; if storage has to grow, it does so for `reserve` rows.
 
         Raises CapacityError if that is more than fits in memory.
         """
-        self.cache.arrange(rows, max(capacity + self.spare, self.cache.slots), self.longest)
+        self.cache.arrange(rows, max(capacity + self.spare, self.cache.slots), self.longest, reserve)
         wider = self.cache.slots + 1 - self.tokens.shape[1]
         self.tokens = arranged(functional.pad(self.tokens, (0, wider)), rows)
         self.lengths, self.prompt_lengths = arranged(self.lengths, rows), arranged(self.prompt_lengths, rows)

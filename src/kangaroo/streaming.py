@@ -7,7 +7,7 @@ from typing import Self
 from kangaroo.completion import Completion, Piece, Stats, Transcript
 from kangaroo.drafters.base import Drafter
 from kangaroo.model import Target
-from kangaroo.scheduler import Scheduler, Task
+from kangaroo.scheduler import Limits, Scheduler, Task
 from kangaroo.state import Request
 from kangaroo.text import TextStream
 
@@ -36,7 +36,7 @@ class BatchStream:
             Transcript(request, request.ends(eos), text, answer)
             for answer, (request, text) in enumerate(zip(requests, texts, strict=True))
         ]
-        scheduler = Scheduler(target, make_drafter, eos, rows=len(requests) if rows is None else rows)
+        scheduler = Scheduler(target, make_drafter, eos, Limits(len(requests) if rows is None else rows))
         for request, transcript in zip(requests, self._transcripts, strict=True):
             scheduler.submit(Task(request, transcript))
         scheduler.read_prompts()

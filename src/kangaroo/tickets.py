@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from kangaroo.completion import Completion, Piece, Stats
+from kangaroo.completion import Completion, Piece, Stats, Transcript
 from kangaroo.scheduler import Task
+from kangaroo.state import Request
 
 Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
@@ -20,9 +21,9 @@ Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 class Job:
     """A request as the thread sees it: its task, and the pieces that nobody has read yet."""
 
-    def __init__(self, task: Task, cancel: Callable[["Job"], None]):
+    def __init__(self, request: Request, transcript: Transcript, cancel: Callable[["Job"], None]):
         """`cancel` tells the thread that nobody wants the rest."""
-        self.task, self._cancel = task, cancel
+        self.task, self.transcript, self._cancel = Task(request, transcript), transcript, cancel
         self.submitted = time.perf_counter()
         self.first: float | None = None
         """When its first piece came."""
@@ -128,12 +129,12 @@ class Ticket:
     @property
     def completion(self) -> Completion | None:
         """The whole answer, once it is written."""
-        return self._job.task.transcript.completion
+        return self._job.transcript.completion
 
     @property
     def stats(self) -> Stats:
         """Counts and seconds so far."""
-        return self._job.task.transcript.stats
+        return self._job.transcript.stats
 
     @property
     def queued_seconds(self) -> float:

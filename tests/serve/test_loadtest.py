@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from live import CLIENT, engine_of, serving
+from pydantic import TypeAdapter
 from stand_in import ScriptedEngine
 
 from chat_model import save_chat_model
 from command import invoke
+from kangaroo.cli.schema import VERBS
 from kangaroo.decoder import load
 from kangaroo.errors import CapacityError
 
@@ -20,7 +22,9 @@ def test_a_load_test_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureF
     with serving(engine_of(decoder, rows=2)) as live:
         assert invoke("loadtest", live.url, *options, "--output", str(tmp_path / "out"), "--json") == 0
         done = CLIENT.get(live.url + "/metrics").text
-    found = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    TypeAdapter(VERBS["loadtest"]).validate_json(shown)
+    found = json.loads(shown)
     assert found == json.loads((tmp_path / "out" / "loadtest.json").read_text())
     levels = found["levels"]
     assert [(level["at_once"], level["speculation"], level["requests"]) for level in levels] == [

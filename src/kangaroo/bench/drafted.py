@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from kangaroo.bench.methods import finish_reason, forget_peak, peak_bytes
 from kangaroo.bench.records import Measured
 from kangaroo.bench.timed import Timed, TimedTarget
-from kangaroo.decode import decode, start
+from kangaroo.completion import Piece, Stats
+from kangaroo.decode import Round, check_request
 from kangaroo.decoder import Decoder
 from kangaroo.machine import synchronise
 from kangaroo.sampling import Sampling
+from kangaroo.scheduler import Limits, Scheduler, Task
 from kangaroo.state import Request
 
 
@@ -28,34 +30,59 @@ class Drafted:
         forget_peak(device)
         synchronise(device)
         began = time.perf_counter()
-        requests = [Request(p, sampling, max_tokens) for p in prompts]
-        state = start(target, drafter, requests, eos=self._eos, rule=self._rule)
+        scheduler = Scheduler(target, lambda: drafter, self._eos, Limits(len(prompts)), rule=self._rule)
+        answers = [
+            _Answer(check_request(Request(p, sampling, max_tokens), target, self._eos), self._eos) for p in prompts
+        ]
+        for answer in answers:
+            scheduler.submit(Task(answer.request, answer))
+        scheduler.read_prompts()
         synchronise(device)
         decoding = time.perf_counter()
         target.clock.reset()
         drafter.clock.reset()
-        rounds = list(decode(target, drafter, state))
+        while scheduler.busy:
+            scheduler.step()
         synchronise(device)
         ended = time.perf_counter()
 
         share = 1 / len(prompts)
         draft, verify = drafter.clock.seconds * share, target.clock.seconds * share
-        answers = []
-        for row in range(len(prompts)):
-            mine = [(r.emitted[row], r.drafted[row], r.stops[row]) for r in rounds if r.emitted[row]]
-            tokens = [token for emitted, _, _ in mine for token in emitted]
-            answers.append(
-                Measured(
-                    tokens=tokens,
-                    finish_reason=finish_reason(tokens, self._eos),
-                    prefill=(decoding - began) * share,
-                    draft=draft,
-                    verify=verify,
-                    rest=max(0.0, (ended - decoding) * share - draft - verify),
-                    emitted=[len(emitted) for emitted, _, _ in mine],
-                    drafted=[drafted for _, drafted, _ in mine],
-                    stops=[stop.value for _, _, stop in mine],
-                    peak_bytes=peak_bytes(device),
-                )
+        return [
+            Measured(
+                tokens=answer.tokens,
+                finish_reason=finish_reason(answer.tokens, self._eos),
+                prefill=(decoding - began) * share,
+                draft=draft,
+                verify=verify,
+                rest=max(0.0, (ended - decoding) * share - draft - verify),
+                emitted=answer.stats.lengths,
+                drafted=answer.stats.drafts,
+                stops=answer.stops,
+                peak_bytes=peak_bytes(device),
             )
-        return answers
+            for answer in answers
+        ]
+
+
+class _Answer:
+    """An answer of which nobody reads the text."""
+
+    def __init__(self, request: Request, eos: Sequence[int]):
+        self.request, self._ends, self.stats = request, request.ends(eos), Stats()
+        self.tokens: list[int] = []
+        self.stops: list[str] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is whole."""
+        return len(self.tokens) == self.request.max_tokens or self.tokens[-1:] in [[end] for end in self._ends]
+
+    def read(self, done: Round, row: int) -> list[Piece]:
+        """Note what a round has brought."""
+        emitted = done.emitted[row]
+        self.tokens += emitted
+        self.stops.append(done.stops[row].value)
+        self.stats.lengths.append(len(emitted))
+        self.stats.drafts.append(done.drafted[row])
+        return []

@@ -161,6 +161,39 @@ class Build(_Facts):
     seconds: float
 
 
+class Percentiles(_Facts):
+    """Of seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Level(_Facts):
+    """So many clients at once."""
+
+    at_once: int
+    speculation: bool
+    requests: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    """Of all clients together."""
+    time_to_first_token: Percentiles
+    time_per_token: Percentiles
+    """After the first."""
+    whole: Percentiles
+
+
+class LoadTest(_Facts):
+    """`loadtest`."""
+
+    levels: list[Level]
+    identical: int
+    """Texts that are the same with speculation and without."""
+    compared: int
+
+
 Info = dict[str, Any]
 """`info`: sizes, and costs as shares of a full step; which there are depends on the drafter."""
 
@@ -170,5 +203,6 @@ VERBS: dict[str, Any] = {
     "compare": Compare,
     "demo": Demo,
     "datastore build": Build,
+    "loadtest": LoadTest,
     "info": Info,
 }

@@ -60,6 +60,8 @@ def serve(
     def load() -> Engine:
         return options.open(drafter).engine(rows=rows, queue=queue, capacity=capacity)
 
+    if host not in LOOPBACK and access.key is None:
+        notes.print("there is no API key: whoever reaches this address may use the model", soft_wrap=True)
     service = Service(load, name)
     address = address_of(listening)
     notes.print(f"listening on {address}; loading {options.model}", soft_wrap=True)

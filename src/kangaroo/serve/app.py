@@ -276,7 +276,7 @@ class _Running:
         except Exception:  # a mistake of ours, which the client must hear of as well
             logger.exception("an answer was broken off")
             yield _event(Refusal(500, _BROKEN).body)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the client has left, or does not read
             self._metrics.cancelled.inc()
             raise
         yield DONE

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kangaroo.engine import EngineStatus
+from kangaroo.worker import EngineStatus
 
 PREFIX = "kangaroo_"
 """Not "kangaroo:", as colons are for the names that Prometheus users give to their own rules."""

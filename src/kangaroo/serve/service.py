@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kangaroo.arguments import spread
-from kangaroo.engine import Engine, EngineStatus
+from kangaroo.engine import Engine
 from kangaroo.errors import EngineClosed, KangarooError, QueueFull
 from kangaroo.serve.events import cancel
 from kangaroo.serve.protocol import Call
 from kangaroo.serve.refusals import Refusal, refused
 from kangaroo.tickets import Ticket
+from kangaroo.worker import EngineStatus
 
 State = Literal["loading", "ready", "draining", "failed"]
 

@@ -15,6 +15,9 @@ from kangaroo.passes import count_weights
 from kangaroo.state import Committed, State, arranged
 from kangaroo.tree import Draft, Placement, place_at
 
+MOST_UNSEEN = 32
+"""Tokens that wait for the adapter at most, while nothing is drafted."""
+
 
 class SelfDraft:
     """q(x | prefix) = softmax(head(adapter(h_E))); without an adapter, the target's own norm stands in (early exit)."""
@@ -76,6 +79,10 @@ class SelfDraft:
             # A round that drafted nothing has left what waited before it waiting still.
             old = self._unseen
             self._unseen = new if old is None else (torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1))
+            if self._unseen[0].shape[1] >= MOST_UNSEEN:
+                states, positions = self._unseen
+                self.adapter(states, place_at(positions, state.longest + 1), state.cache)
+                self._unseen = None
 
     def _forget(self, rows: Tensor | None, state: State) -> None:
         """What waits for the adapter belongs to requests that have left these rows (None: all)."""
@@ -133,7 +140,7 @@ class SelfChain:
         replaced: Callable[[Tensor, int], Tensor] = lambda tokens, k: tokens,
     ) -> Chain:
         """Draft. `replaced` says which tokens [B, 1] stand at the k-th node in place of those drafted there."""
-        nodes = min(self.nodes, state.spare)  # a draft may be allowed to be longer than a row has room for
+        nodes = min(self.nodes, max(state.draft_rooms) + 1)
         where = self.model.target.prepare(state.place(nodes))
         self._where, self._hidden = where, []
 

@@ -47,19 +47,22 @@ class CostAware:
     def __init__(self, calibration: Calibration, costs: DraftCosts, longest: int):
         """`longest` is the most tokens that a draft may have."""
         self._calibration, self._costs, self._longest = calibration, costs, longest
+        self._now = costs
         self._rows: list[_Row] = []
 
     def begin(self, state: State) -> Sequence[bool]:
         """If the row's first tokens have been right often enough."""
         rows = self._known(state)
+        # What this number of rows has been found to cost, where that has been measured.
+        self._now = self._costs if state.price is None else DraftCosts(token=state.price)
         for row in rows:
             row.chances = []
         return [self._gain(row) > 0 for row in rows]
 
     def _gain(self, row: "_Row") -> float:
         """What the best draft is expected to bring more than its time would bring otherwise, in tokens."""
-        prior, price = self._calibration.after_right, self._costs.token * row.rate
-        gain, chance = -self._costs.start * row.rate, row.first(prior)
+        prior, price = self._calibration.after_right, self._now.token * row.rate
+        gain, chance = -self._now.start * row.rate, row.first(prior)
         for _ in range(self._longest):
             if chance <= price:
                 break
@@ -73,7 +76,7 @@ class CostAware:
         for row, confidence in zip(self._rows, confidences, strict=True):
             row.chances.append(self._calibration.chance(confidence))
             scaled = [chance * row.scale for chance in (*row.chances, self._calibration.after_right)]
-            pays.append(math.prod(scaled) > self._costs.token * row.rate)
+            pays.append(math.prod(scaled) > self._now.token * row.rate)
         return pays
 
     def observe(self, state: State, committed: Committed) -> None:
@@ -86,7 +89,7 @@ class CostAware:
             return
         for row, emitted, drafted in zip(rows, committed.text, committed.drafted, strict=True):
             if emitted:
-                row.learn(len(emitted), drafted, self._costs.round(drafted))
+                row.learn(len(emitted), drafted, self._now.round(drafted))
 
     def arrange(self, rows: Sequence[int]) -> None:
         """What is known of a row stays with it."""
