@@ -14,6 +14,7 @@ from stand_in import ScriptedEngine
 from chat_model import save_chat_model
 from kangaroo.decoder import Decoder, load
 from kangaroo.errors import ConfigError
+from kangaroo.load import Load
 from kangaroo.serve.app import Access
 from kangaroo.serve.browser import FILES, FOLDER
 
@@ -117,8 +118,21 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 @pytest.fixture(scope="module")
 def live(decoder: Decoder) -> Iterator[Live]:
-    with serving(engine_of(decoder, rows=4)) as found:
+    with pytest.MonkeyPatch.context() as patch, serving(engine_of(decoder, rows=4)) as found:
+        patch.setattr(Load, "drafts", lambda self, rows: True)  # whether it pays, on a busy machine or not
+        patch.setattr(Load, "pays", lambda self, rows: True)
         yield found
+
+
+def test_why_nothing_is_drafted_is_said(visit: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Load, "drafts", lambda self, rows: False)
+    monkeypatch.setattr(Load, "pays", lambda self, rows: False)
+    page = visit(live)
+    ask(page, "Where?")
+    finished(page)
+    expect(page.locator(".remark").first).to_contain_text("Drafting is off at present: too many rows.")
+    assert fact(page, "drafted") == "0 %"
+    assert fact(page, "accepted") == "–"
 
 
 def ask(page: Any, text: str) -> None:
