@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chat_model import SENTENCES
+from chat_model import SENTENCES, save_chat_model
+from command import invoke
 from kangaroo.decoder import Decoder
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError, ModelError
@@ -315,6 +317,47 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match="grammar extra"):
         Grammar(tokenizer(), ends(), regex="a")
+
+
+def test_a_grammar_that_turns_out_too_complex_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(target(), lambda: DRAFTERS["kangaroo-fixed"](target()), tokenizer(), ends())
+    rules, honest = Grammar(tokenizer(), ends(), json_schema=PERSON), Grammar._follow
+
+    def limited(self: Grammar, output: tuple[int, ...]) -> Any:
+        if self is rules and len(output) > 5:
+            raise ConfigError("too complex to be followed further")
+        return honest(self, output)
+
+    monkeypatch.setattr(Grammar, "_follow", limited)
+    with decoder.engine(rows=3) as engine:
+        kept = engine.submit([9, 8], max_tokens=TOKENS, processor=grammar("regex"))
+        failed = engine.submit(PROMPT, max_tokens=TOKENS, processor=rules)
+        with pytest.raises(ConfigError, match="too complex"):
+            list(failed)
+        assert [piece.token for piece in kept] == expected("regex", GREEDY, prompt=[9, 8])
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, schema = save_chat_model(tmp_path), tmp_path / "schema.json"
+    schema.write_text(json.dumps(PERSON))
+    options = ["generate", "--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--json"]
+
+    def answer(*given: str) -> str:
+        assert invoke(*options, "--prompt", "Where?", "--max-tokens", "90", *given) == 0
+        return str(json.loads(capsys.readouterr().out)["answers"][0]["text"])
+
+    jsonschema.validate(json.loads(answer("--json-schema", str(schema))), PERSON)
+    assert re.fullmatch("[ab]{3}", answer("--regex", "[ab]{3}"))
+    assert answer("--choice", "tea", "--choice", "toast") in ("tea", "toast")
+    for wrong, named in (
+        (("--regex", "a", "--choice", "b"), "--regex and --choice"),
+        (("--regex", "("), "unclosed"),
+        (("--json-schema", str(tmp_path / "none.json")), "none.json"),
+    ):
+        assert invoke(*options, "--prompt", "Where?", *wrong) == 2
+        said = capsys.readouterr().err
+        assert named in said
+        assert said.count("\n") == 1
 
 
 # --- as requests to a server ask for it

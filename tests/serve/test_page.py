@@ -1,5 +1,6 @@
 """The page, as a person uses it: in a headless Chromium where there is one; and what holds of its files anyway."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from stand_in import ScriptedEngine
 from chat_model import save_chat_model
 from kangaroo.decoder import Decoder, load
 from kangaroo.errors import ConfigError
+from kangaroo.load import Load
 from kangaroo.serve.app import Access
 from kangaroo.serve.browser import FILES, FOLDER
 
@@ -116,8 +118,21 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 @pytest.fixture(scope="module")
 def live(decoder: Decoder) -> Iterator[Live]:
-    with serving(engine_of(decoder, rows=4)) as found:
+    with pytest.MonkeyPatch.context() as patch, serving(engine_of(decoder, rows=4)) as found:
+        patch.setattr(Load, "drafts", lambda self, rows: True)  # whether it pays, on a busy machine or not
+        patch.setattr(Load, "pays", lambda self, rows: True)
         yield found
+
+
+def test_why_nothing_is_drafted_is_said(visit: Any, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Load, "drafts", lambda self, rows: False)
+    monkeypatch.setattr(Load, "pays", lambda self, rows: False)
+    page = visit(live)
+    ask(page, "Where?")
+    finished(page)
+    expect(page.locator(".remark").first).to_contain_text("Drafting is off at present: too many rows.")
+    assert fact(page, "drafted") == "0 %"
+    assert fact(page, "accepted") == "–"
 
 
 def ask(page: Any, text: str) -> None:
@@ -146,19 +161,20 @@ def test_an_answer_streams_in_marked_by_who_wrote_it(visit: Any, live: Live, dec
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Tokens at most").fill("40")
     page.get_by_role("button", name="Done").click()
-    ask(page, "Where would you like to eat?")
+    with page.expect_response("**/chat/completions") as answered:
+        ask(page, "Where would you like to eat?")
     finished(page)
+    chunks = [json.loads(line[6:]) for line in answered.value.text().split("\n") if line.startswith("data: {")]
+    sent = [(t["text"], t["drafted"]) for chunk in chunks for c in chunk["choices"] for t in c.get("tokens", ())]
     messages = [{"role": "user", "content": "Where would you like to eat?"}]
-    with decoder.stream(messages, max_tokens=40) as stream:
-        want = [(piece.text, piece.drafted) for piece in stream]
-    assert tokens(page) == [(text, drafted) for text, drafted in want if text]
-    assert page.locator(".answer .text").text_content() == "".join(text for text, _ in want)
-    drafted = sum(flag for _, flag in want)
-    assert 0 < drafted < len(want)
-    assert fact(page, "tokens") == str(len(want))
-    assert fact(page, "drafted") == f"{round(100 * drafted / len(want))} %"
-    assert fact(page, "tokens/round") == f"{stream.stats.compression_rate:.2f}"
-    assert fact(page, "accepted") == f"{round(100 * stream.stats.accepted / stream.stats.drafted)} %"
+    assert tokens(page) == [(text, drafted) for text, drafted in sent if text]
+    assert page.locator(".answer .text").text_content() == decoder.generate([messages], max_tokens=40)[0].text
+    drafted, told = sum(flag for _, flag in sent), chunks[-1]["speculation"]
+    assert 0 < drafted < len(sent)
+    assert fact(page, "tokens") == str(len(sent))
+    assert fact(page, "drafted") == f"{round(100 * drafted / len(sent))} %"
+    assert fact(page, "tokens/round") == f"{told['mean_acceptance_length']:.2f}"
+    assert fact(page, "accepted") == f"{round(100 * told['acceptance_rate'])} %"
     assert page.evaluate("document.activeElement.id") == "input"
     # A colour alone would not do.
     drafted_one, own_one = page.locator(".answer .t.drafted").first, page.locator(".answer .t.own").first

@@ -219,7 +219,7 @@ class Answer {
     const said = [];
     if (this.finish === "stopped") said.push("Stopped.");
     if (this.finish === "length") said.push("Cut off: no more tokens are allowed (Settings).");
-    if (status && status !== "on" && status !== "asked not to") said.push(`Nothing was drafted: ${status}.`);
+    if (status && status !== "on" && status !== "asked not to") said.push(`Drafting is off at present: ${status}.`);
     if (said.length) this.box.append(element("p", "remark", said.join(" ")));
   }
 
