@@ -143,12 +143,11 @@ NO_ROOM = ["error: cannot write to standard output: No space left on device"]
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
 def test_an_answer_to_a_full_disk(more: list[str], model: str, tmp_path: Path) -> None:
     arguments = ("generate", "--model", model, "--drafter", "none", "--prompt", "x", "--max-tokens", "2", *more)
-    child = os.fork()  # to import everything once more would take longer than all the rest
+    child, status = os.fork(), 3  # to import everything once more would take longer than all the rest
     if not child:
         try:
-            sys.stdout, sys.stderr = Path("/dev/full").open("w"), (tmp_path / "errors").open("w")
-            status = invoke(*arguments)
-            sys.stderr.flush()
+            with Path("/dev/full").open("w") as sys.stdout, (tmp_path / "errors").open("w") as sys.stderr:
+                status = invoke(*arguments)
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
@@ -159,7 +158,8 @@ def test_an_answer_to_a_full_disk(more: list[str], model: str, tmp_path: Path) -
 def test_help_to_a_full_disk() -> None:
     command = [sys.executable, "-c", "from kangaroo_command import main; main()", "--help"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     assert (done.returncode, done.stderr.splitlines()) == (2, NO_ROOM)
 
 
