@@ -74,10 +74,11 @@ def main() -> None:
         import_module("transformers.utils.logging").disable_progress_bar()
     try:
         with checked_output():
-            sys.exit(_run(app))
+            status = _run(app)
     except KangarooError as error:
         print_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
-        sys.exit(2)
+        status = 2
+    sys.exit(status)
 
 
 def _run(app: typer.Typer) -> int:
