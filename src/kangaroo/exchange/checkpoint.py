@@ -8,6 +8,7 @@ import hashlib
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,7 +167,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
     need_file(path, "weights", AdapterError)
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd about a damaged file; the error will say enough
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             found = torch.load(file, map_location="cpu", weights_only=True)
