@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from chat_model import save_chat_model
 from command import invoke
+from kangaroo.errors import AdapterError
+from kangaroo.exchange.checkpoint import read_checkpoint
 
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -91,6 +94,7 @@ def same(tensors: Tensors) -> Tensors:
         ({}, lambda tensors: {"model.layers.0.w": torch.zeros(2)}, "nothing that is known in"),
         ({}, lambda tensors: {3: torch.zeros(2)}, "should hold tensors by name"),
         ({}, lambda tensors: {}, "should hold tensors by name"),
+        ({}, lambda tensors: {"rotary_emb.inv_freq": torch.ones(2)}, "there are no weights in"),
     ],
 )
 def test_adapters(
@@ -262,6 +266,26 @@ def test_damaged_files(place: Path, tmp_path: Path, refuse: Callable[..., str], 
             }[damage]
         )
     assert ("no weights in" if damage == "folder" else "is damaged") in refuse(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bytes_that_were_changed(tmp_path: Path, zipped: bool) -> None:
+    """Whatever a damaged pickle comes to, it is tensors, or refused in one line."""
+    (tmp_path / "config.json").write_text("{}")
+    path, told = tmp_path / "pytorch_model.bin", list[str]()
+    torch.save({"a.weight": torch.ones(4, 4), "d2t": torch.arange(5)}, path, _use_new_zipfile_serialization=zipped)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        content = bytearray(whole)
+        for _ in range(3):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content)
+        try:
+            assert all(isinstance(value, Tensor) for value in read_checkpoint(tmp_path).tensors.values())
+        except AdapterError as error:
+            told.append(str(error))
+    assert len(told) > 50
+    assert not any("\n" in line for line in told)
 
 
 @pytest.mark.parametrize("config", ["{", "[]", "3", '{"draft_vocab_size": NaN}', "\udcff"])

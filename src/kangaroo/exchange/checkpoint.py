@@ -8,6 +8,7 @@ import hashlib
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,21 @@ from kangaroo.tensors import check_tensors, parse_tensors
 from kangaroo.weights import CONFIG, KINDS
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+DAMAGE = (
+    *(
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        struct.error,
+    ),
+    zipfile.BadZipFile,
+)
+"""What torch's reader raises for a file that is not what it should be, beside pickle's own error."""
 Value = TypeVar("Value", int, float, bool, str)
 
 
@@ -142,13 +158,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors, sha256 = parse_tensors(content, path), hashlib.sha256(content).hexdigest()
     else:
         tensors, sha256 = _read_pickle(path)
-    return Checkpoint(config, _without_prefix(tensors, path), path, sha256)
+    named = _without_prefix(tensors, path)
+    if not named:
+        raise AdapterError(f"there are no weights in {path}")
+    return Checkpoint(config, named, path, sha256)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
     need_file(path, "weights", AdapterError)
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd about a damaged file; the error will say enough
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             found = torch.load(file, map_location="cpu", weights_only=True)
@@ -157,16 +177,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], str]:
         if named is not None:
             raise AdapterError(f"{path} asks for more than tensors, namely {named[1]}, and is not loaded") from None
         raise AdapterError(f"{path} is damaged, or asks for more than tensors; none of it is loaded") from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        struct.error,
-        zipfile.BadZipFile,
-    ) as error:
+    except DAMAGE as error:
         raise AdapterError(f"{path} is damaged: {first_line(error)}") from None
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"{path} should hold tensors by name, got {shown(found)}")
