@@ -18,7 +18,7 @@ from kangaroo.attention import OWN, steady
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.families import FAMILIES, FULL, ROTARY_IN_SLIDING_LAYERS_ONLY, SLIDING, context_limit, layer_kinds
-from kangaroo.fingerprint import fingerprint
+from kangaroo.fingerprint import fingerprint, is_readable
 from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.norms import with_fused_norms
 from kangaroo.passes import Attention, Pass, computing, count_weights
@@ -231,7 +231,9 @@ class Target:
     def hides_weights(self) -> bool:
         """Whether some weights cannot be read as they were trained: quantised, or offloaded to disk."""
         quantised = getattr(self.config, "quantization_config", None) is not None
-        return quantised or any(parameter.device.type == "meta" for parameter in self.model.parameters())
+        return quantised or any(
+            parameter.is_floating_point() and not is_readable(parameter) for parameter in self.model.parameters()
+        )
 
     def _layer_inputs(self, kind: str, where: Placement, x: Tensor, way: Attention | None = None) -> dict[str, Any]:
         key = (kind, x.dtype, way)
@@ -275,7 +277,7 @@ class Target:
         """Compare with the model's own forward pass on a few tokens, shallow layers ahead of the deep ones."""
         family = self.config.model_type
         for name, parameter in self.model.named_parameters():
-            readable = parameter.device.type != "meta" and parameter.dtype in PLAIN_DTYPES
+            readable = is_readable(parameter) and parameter.dtype in PLAIN_DTYPES
             if readable and not parameter.sum(dtype=torch.float32).isfinite():
                 raise ModelError(f"{name} holds values that are not finite; the checkpoint is damaged")
         config, window = self.model.base_model.config, self._window
