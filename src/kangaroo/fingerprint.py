@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SAMPLE = 512  # values from either end of every tensor: enough to tell models apart, quick on a large one
 
@@ -13,8 +13,14 @@ _SAMPLE = 512  # values from either end of every tensor: enough to tell models a
 def fingerprint(structure: object, plain: Iterable[Tensor], everything: Iterable[Tensor]) -> str:
     """Hashes of the structure, of tensors no quantisation touches, and of all readable weights, joined by dashes."""
     shape = hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:12]
-    readable = (tensor for tensor in everything if tensor.is_floating_point() and tensor.device.type != "meta")
+    readable = (tensor for tensor in everything if is_readable(tensor))
     return "-".join([shape, _digest(plain), _digest(readable)])
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a weight can be read as it was trained: neither packed by a quantisation (as torchao's) nor offloaded."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.is_floating_point() and tensor.device.type != "meta"
 
 
 def same_model(wanted: str, got: str, *, weights_hidden: bool) -> bool:

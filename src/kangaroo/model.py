@@ -27,7 +27,7 @@ from kangaroo.families import (
     context_limit,
     layer_kinds,
 )
-from kangaroo.fingerprint import fingerprint
+from kangaroo.fingerprint import fingerprint, is_readable
 from kangaroo.fused import in_fewer_calls
 from kangaroo.linears import count_weights
 from kangaroo.machine import available_bytes, human_bytes
@@ -262,7 +262,9 @@ class Target:
     def hides_weights(self) -> bool:
         """Whether some weights cannot be read as they were trained: quantised, or offloaded to disk."""
         quantised = getattr(self.config, "quantization_config", None) is not None
-        return quantised or any(parameter.device.type == "meta" for parameter in self.model.parameters())
+        return quantised or any(
+            parameter.is_floating_point() and not is_readable(parameter) for parameter in self.model.parameters()
+        )
 
     def _layer_inputs(self, kind: str, where: Placement, x: Tensor, way: Attention | None = None) -> dict[str, Any]:
         key = (kind, x.dtype, way)
@@ -306,7 +308,7 @@ class Target:
         """Compare with the model's own forward pass on a few tokens, shallow layers ahead of the deep ones."""
         family = self.config.model_type
         for name, parameter in self.model.named_parameters():
-            readable = parameter.device.type != "meta" and parameter.dtype in PLAIN_DTYPES
+            readable = is_readable(parameter) and parameter.dtype in PLAIN_DTYPES
             if readable and not parameter.sum(dtype=torch.float32).isfinite():
                 raise ModelError(f"{name} holds values that are not finite; the checkpoint is damaged")
         config, window = self.model.base_model.config, self._window
@@ -394,7 +396,5 @@ def _up(count: int, step: int) -> int:
 
 def check_exit_layer(exit_layer: int, target: Target) -> None:
     """Raise ConfigError unless some layers lie before and some after the exit."""
-    if not 0 <= exit_layer < target.num_layers:
-        raise ConfigError(
-            f"exit layer must be in 0..{target.num_layers - 1} for a target of {target.num_layers} layers, got {exit_layer}"
-        )
+    if not 0 <= exit_layer < (layers := target.num_layers):
+        raise ConfigError(f"exit layer must be in 0..{layers - 1} for a target of {layers} layers, got {exit_layer}")

@@ -196,6 +196,11 @@ def test_what_is_printed_for_machines_is_what_the_schema_says(
     build = ("datastore", "build", documents, "--model", model, "--output", str(tmp_path / "x.rest"), "--json")
     assert invoke(*build) == 0
     conforms("datastore build", capsys.readouterr().out)
+    adapter = Path(model).with_name("adapter")
+    assert (
+        invoke("export", str(adapter), "--for", "mlx", "--model", model, "--output", str(tmp_path / "x"), "--json") == 0
+    )
+    conforms("export", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.9"])

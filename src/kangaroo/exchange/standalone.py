@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterLayer
 from kangaroo.errors import ModelError
+from kangaroo.fingerprint import is_readable
 from kangaroo.loading import end_tokens
 from kangaroo.model import PLAIN_DTYPES, Target
 from kangaroo.model_files import reading_model
@@ -208,9 +209,9 @@ def read_weight(module: nn.Module, leaf: str = "weight") -> Tensor:
     Raises ModelError for weights that are offloaded, or packed in a module that is no linear.
     """
     parameter = dict(module.named_parameters(recurse=False)).get(leaf)
-    if parameter is not None and type(parameter) is nn.Parameter and parameter.dtype in PLAIN_DTYPES:
-        if parameter.device.type == "meta":
-            raise ModelError("weights that are offloaded to disk cannot be exported; load the model whole")
+    if parameter is not None and parameter.device.type == "meta":
+        raise ModelError("weights that are offloaded to disk cannot be exported; load the model whole")
+    if parameter is not None and is_readable(parameter) and parameter.dtype in PLAIN_DTYPES:
         return parameter
     width = getattr(module, "in_features", None)
     if leaf != "weight" or width is None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.errors import ConfigError
+from kangaroo.fingerprint import is_readable
 from kangaroo.linears import can_pack, pack_together, plain_linears, products
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.norms import fused_norms
@@ -156,9 +157,12 @@ class AdapterLayer(nn.Module):
         self.norm_mid = target.new_norm() if variant == "full-layer" else None
 
     def copy_from(self, layer: nn.Module) -> None:
-        """Take what fits of a target's layer. Raises ConfigError for a feed-forward network of another kind."""
+        """Take what fits of a target's layer. Raises ConfigError for a feed-forward network of another kind, and for
+        weights that are quantised."""
         if self.attention is None:
             return
+        if not all(map(is_readable, layer.parameters())):
+            raise ConfigError('the target\'s layers are quantised and cannot be copied; start from init = "random"')
         self.attention.load_state_dict(layer.self_attn.state_dict())  # type: ignore[union-attr]
         if hasattr(layer, "input_layernorm"):
             self.norm_in.load_state_dict(layer.input_layernorm.state_dict())  # type: ignore[union-attr]
