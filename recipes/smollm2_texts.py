@@ -1,17 +1,18 @@
 """Choose what SmolLM2's adapter learns from among the model's own answers, and hold some prompts out for good.
 
     python recipes/smollm2_texts.py smollm2_answers.jsonl.gz runs/answers.jsonl --held-out runs/dev.jsonl \\
-        --output runs/texts.jsonl
+        --output runs/texts.jsonl [--chats chat_open.jsonl.gz]
 
 Held out are prompts of the first file. Of the rest, answers that go round in circles are mostly left out (a model of
 this size often does, and little is to be learnt there), and so are half of those with a long prompt: a step pays for
-every token, and learns from the answer's.
+every token, and learns from the answer's. With `--chats`, for a longer run, nothing is left out, and conversations that
+the model has not written are mixed in: what it writes itself is soon learnt by heart.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ HELD_OUT, LENGTH, SHORTEST = 130, 512, 24
 DENSE, CIRCULAR = 0.58, 0.5
 """The answer's share of a document's tokens; the share of its runs of four tokens that are not repeated."""
 KEPT = {"dense": 1.0, "long": 0.5, "circular": 0.4}
+CHATS = {
+    "gpteacher_codegen": 900,
+    "gpteacher_roleplay": 700,
+    "gsm8k_train": 700,
+    "flan_cot": 600,
+    "sgd_train": 350,
+    "arena_hard_v01": 900,
+    "qmsum_train": 200,
+}
+"""Conversations of each source that are mixed in, of so many tokens:"""
+CHAT_LENGTHS = (60, 900)
 
 
 def main() -> None:
@@ -34,6 +46,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path, nargs="+")
     for name in ("held-out", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--chats", type=Path)
     options = parser.parse_args()
     files = [[{"source": d.source, "messages": d.messages} for d in read_documents(path)] for path in options.answers]
     asked = list(dict.fromkeys(row["messages"][0]["content"] for row in files[0]))
@@ -43,7 +56,26 @@ def main() -> None:
     rows = [row for file in files for row in file if row["messages"][0]["content"] not in held]
     tokenizer, draw = Tokenizer(load_tokenizer(smollm2())), random.Random(3)
     draw.shuffle(rows)
-    _write(options.output, [row for row in rows if draw.random() < KEPT.get(kind_of(row, tokenizer), 0)])
+    if options.chats is None:
+        chosen = [row for row in rows if draw.random() < KEPT.get(kind_of(row, tokenizer), 0)]
+    else:
+        chosen = [*rows, *choose_chats(options.chats, held, tokenizer, draw)]
+        draw.shuffle(chosen)
+    _write(options.output, chosen)
+
+
+def choose_chats(path: Path, held: Container[str], tokenizer: Tokenizer, draw: random.Random) -> list[dict[str, Any]]:
+    """Conversations as CHATS says, none that begins with a prompt held out."""
+    rows = [{"source": d.source, "messages": d.messages} for d in read_documents(path) if d.messages]
+    draw.shuffle(rows)
+    left, chosen = dict(CHATS), list[dict[str, Any]]()
+    for row in rows:
+        if left.get(row["source"], 0) and row["messages"][0]["content"] not in held:
+            shortest, longest = CHAT_LENGTHS
+            if shortest <= len(tokenizer.encode(row["messages"])) <= longest:
+                left[row["source"]] -= 1
+                chosen.append(row)
+    return chosen
 
 
 def kind_of(row: dict[str, Any], tokenizer: Tokenizer) -> str:

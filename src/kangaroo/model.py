@@ -396,5 +396,6 @@ def _up(count: int, step: int) -> int:
 
 def check_exit_layer(exit_layer: int, target: Target) -> None:
     """Raise ConfigError unless some layers lie before and some after the exit."""
-    if not 0 <= exit_layer < (layers := target.num_layers):
+    layers = target.num_layers
+    if not 0 <= exit_layer < layers:
         raise ConfigError(f"exit layer must be in 0..{layers - 1} for a target of {layers} layers, got {exit_layer}")

@@ -21,7 +21,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Answer held-out prompts with the demo model, with Kangaroo and without, and compare texts and speed."""
-    decoder = ModelOptions(threads=threads).open("kangaroo")
+    decoder = ModelOptions(threads=threads).open("kangaroo+lookup")
     chosen = interleave_kinds(read_prompts(split="held-out"))[:prompts]
     sampling = Sampling(temperature=temperature, seed=1)
     if not as_json:
