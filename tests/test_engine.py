@@ -194,6 +194,22 @@ def test_leaving_a_stream_early_cancels_it(engine: Engine) -> None:
     wait_until(lambda: engine.status().running == 0)
 
 
+def test_an_event_loop_that_ends_first_leaves_the_engine_alone(engine: Engine) -> None:
+    tickets = []
+
+    async def impatient() -> None:
+        tickets.append(endless(engine))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                async for _ in tickets[0]:
+                    pass
+
+    asyncio.run(impatient())
+    assert next(tickets[0]).finish_reason is None
+    tickets[0].cancel()
+    assert len(engine.generate(["The"], max_tokens=3)) == 1
+
+
 def test_an_error_of_one_request_is_its_own(engine: Engine, alone: list[tuple[object, ...]]) -> None:
     def fails(prompt: Sequence[int], output: Sequence[int], scores: Tensor) -> Tensor:
         if len(output) > 3:

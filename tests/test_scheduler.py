@@ -267,6 +267,20 @@ def test_drafts_are_left_out_where_they_do_not_pay(gain: float, pays: bool) -> N
     assert load.drafts(9) is pays, "with more they hardly do"
 
 
+@pytest.mark.parametrize(("price", "drafts"), [(0.0, True), (50.0, False)])
+def test_auto_stopping_goes_by_what_rounds_have_cost(
+    price: float, drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Load, "price", lambda self, rows: price)
+    model = target("llama")
+    scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo-auto"](model), (), Limits(2), weigh=True)
+    tasks = [task(Request(prompt, GREEDY, 5)) for prompt in PROMPTS]
+    play(scheduler, tasks, random.Random(0))
+    for one in tasks:
+        check(model, one)
+    assert (sum(one.answer.stats.drafted for one in tasks) > 0) is drafts
+
+
 @pytest.mark.parametrize("name", ["kangaroo", "kangaroo-tree", "kangaroo+lookup", "medusa-tree", "rest", "draft-model"])
 def test_nothing_is_drafted_where_nothing_is_wanted(name: str) -> None:
     model = target("llama")

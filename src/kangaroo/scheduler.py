@@ -127,6 +127,8 @@ class Scheduler:
         self._reading: list[Task] = []
         """Those whose prompts are being run."""
         self._load = Load() if weigh else None
+        # A CPU that others keep busy says nothing of what rounds cost.
+        self._clock = time.thread_time if target.device.type == "cpu" else time.perf_counter
         self._pieces, self._prefixes = 0, PrefixStore(limits.prefix_tokens)
         self.drafting = True
         """Whether drafts pay under the present load."""
@@ -199,11 +201,11 @@ class Scheduler:
         if self._live is None or not self._live[1].running:
             return Step()
         self._weigh()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), self._clock()
         done = step(self.target, *self._live)
-        seconds = time.perf_counter() - began
+        seconds, worked = time.perf_counter() - began, self._clock() - worked
         working = [row for row, emitted in enumerate(done.emitted) if emitted]
-        self._learn(done, working, seconds)
+        self._learn(done, working, worked)
         pieces = list[tuple[Task, list[Piece]]]()
         for row in working:
             task = self._seated[row]
