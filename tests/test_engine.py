@@ -113,6 +113,37 @@ def test_generate_takes_what_the_decoders_does(engine: Engine, decoder: Decoder)
     assert [facts(a) for a in engine.generate(["The", "Where"], **options)] == [facts(a) for a in wanted]
 
 
+def test_answers_may_wait_for_rows(decoder: Decoder) -> None:
+    prompts = [prompt for prompt, _ in ASKED]
+    together = decoder.generate(prompts, sampling=HOT, n=2, max_tokens=9)
+    in_turn = decoder.generate(prompts, sampling=HOT, n=2, max_tokens=9, rows=3)
+    assert [facts(a) for a in in_turn] == [facts(a) for a in together]
+    assert [a.stats.drafts for a in in_turn] == [a.stats.drafts for a in together]
+    with pytest.raises(ConfigError, match="rows"):
+        decoder.generate(prompts, rows=0)
+
+
+def test_in_float32_no_bit_depends_on_company(folder: Path) -> None:
+    decoder = kangaroo.load(folder / "target", adapter=folder / "adapter", dtype="float32", threshold=0.02)
+    options: dict[str, Any] = {"max_tokens": 16, "logprobs": kangaroo.Logprobs(top=3, raw=True)}
+    prompts = [prompt for prompt, _ in ASKED]
+    wanted = [facts(decoder.plain().generate([prompt], **options)[0]) for prompt in dict.fromkeys(prompts)]
+    with decoder.engine(rows=4) as engine:
+        tickets = [engine.submit(prompt, **options) for prompt in dict.fromkeys(prompts) for _ in range(2)]
+        for ticket in tickets:
+            list(ticket)
+    if decoder.target.exactness.level == "bitwise":
+        assert [facts(ticket.completion) for ticket in tickets[::2]] == wanted
+        assert [facts(ticket.completion) for ticket in tickets[1::2]] == wanted
+
+
+def test_without_a_drafter_tickets_say_so(decoder: Decoder) -> None:
+    with decoder.plain().engine() as engine:
+        ticket = engine.submit("The", max_tokens=3)
+        list(ticket)
+        assert ticket.speculation == "no drafter"
+
+
 def endless(engine: Engine, **options: Any) -> kangaroo.Ticket:
     """A request that runs until it is broken off, for all that a test can see."""
     return engine.submit("The", ignore_eos=True, max_tokens=100, processor=slow, **options)
@@ -161,6 +192,22 @@ def test_leaving_a_stream_early_cancels_it(engine: Engine) -> None:
 
     asyncio.run(first())
     wait_until(lambda: engine.status().running == 0)
+
+
+def test_an_event_loop_that_ends_first_leaves_the_engine_alone(engine: Engine) -> None:
+    tickets = []
+
+    async def impatient() -> None:
+        tickets.append(endless(engine))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                async for _ in tickets[0]:
+                    pass
+
+    asyncio.run(impatient())
+    assert next(tickets[0]).finish_reason is None
+    tickets[0].cancel()
+    assert len(engine.generate(["The"], max_tokens=3)) == 1
 
 
 def test_an_error_of_one_request_is_its_own(engine: Engine, alone: list[tuple[object, ...]]) -> None:

@@ -106,6 +106,23 @@ def test_so_it_is_in_other_families(family: str) -> None:
         check(model, one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mixtral", "phi", "gpt_oss"])
+def test_in_long_runs_as_well(family: str, name: str) -> None:
+    model, random_ = target(family), random.Random(family + name)
+    for rows, prefix_tokens in ((6, 0), (3, 256)):
+        scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), Limits(rows, None, prefix_tokens))
+        scheduler._load = Moody(random_)
+        tasks = random_tasks(random_, 30)
+        for one in tasks[::3]:
+            one.request.prompt[:0] = SYSTEM[: 128 - 20 - len(one.request.prompt)]  # type: ignore[index]
+        play(scheduler, tasks, random_, tasks[::7])
+        for one in tasks:
+            if one.answer.ended:
+                check(model, one)
+
+
 SYSTEM = [(7 * i * i + 3) % VOCAB for i in range(70)]
 
 
@@ -248,6 +265,20 @@ def test_drafts_are_left_out_where_they_do_not_pay(gain: float, pays: bool) -> N
     assert (drafted > 1950) if pays else (drafted < 200)
     assert load.drafts(4), "with fewer rows they may pay"
     assert load.drafts(9) is pays, "with more they hardly do"
+
+
+@pytest.mark.parametrize(("price", "drafts"), [(0.0, True), (50.0, False)])
+def test_auto_stopping_goes_by_what_rounds_have_cost(
+    price: float, drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Load, "price", lambda self, rows: price)
+    model = target("llama")
+    scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo-auto"](model), (), Limits(2), weigh=True)
+    tasks = [task(Request(prompt, GREEDY, 5)) for prompt in PROMPTS]
+    play(scheduler, tasks, random.Random(0))
+    for one in tasks:
+        check(model, one)
+    assert (sum(one.answer.stats.drafted for one in tasks) > 0) is drafts
 
 
 @pytest.mark.parametrize("name", ["kangaroo", "kangaroo-tree", "kangaroo+lookup", "medusa-tree", "rest", "draft-model"])

@@ -23,7 +23,7 @@ from kangaroo.passes import PROMPT_ROWS as BLOCK
 from kangaroo.prefixes import PrefixStore
 from kangaroo.state import Request, State
 
-ASKED_NOT_TO, TOO_MANY = "asked not to", "too many rows"
+ASKED_NOT_TO, TOO_MANY, NO_DRAFTER = "asked not to", "too many rows", "no drafter"
 """Why nothing is drafted."""
 
 
@@ -127,6 +127,8 @@ class Scheduler:
         self._reading: list[Task] = []
         """Those whose prompts are being run."""
         self._load = Load() if weigh else None
+        # A CPU that others keep busy says nothing of what rounds cost.
+        self._clock = time.thread_time if target.device.type == "cpu" else time.perf_counter
         self._pieces, self._prefixes = 0, PrefixStore(limits.prefix_tokens)
         self.drafting = True
         """Whether drafts pay under the present load."""
@@ -199,11 +201,11 @@ class Scheduler:
         if self._live is None or not self._live[1].running:
             return Step()
         self._weigh()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), self._clock()
         done = step(self.target, *self._live)
-        seconds = time.perf_counter() - began
+        seconds, worked = time.perf_counter() - began, self._clock() - worked
         working = [row for row, emitted in enumerate(done.emitted) if emitted]
-        self._learn(done, working, seconds)
+        self._learn(done, working, worked)
         pieces = list[tuple[Task, list[Piece]]]()
         for row in working:
             task = self._seated[row]
@@ -213,22 +215,19 @@ class Scheduler:
 
     def _weigh(self) -> None:
         """Draft in the coming round if that pays."""
-        if self._load is None or self._live is None:
+        if self._load is None or self._live is None or self._live[0].nodes == 1:
             return
         state = self._live[1]
         rows = sum(row.active for row in state.rows)
-        state.drafting, state.price, self.drafting = (
-            self._load.drafts(rows),
-            self._load.price(rows),
-            self._load.pays(rows),
-        )
+        state.drafting, state.price = self._load.drafts(rows), self._load.price(rows)
+        self.drafting = self._load.pays(rows)
         for task in self._seated:
             if task.request.speculate:
                 task.speculation = "on" if self.drafting else TOO_MANY
 
     def _learn(self, done: Round, working: Sequence[int], seconds: float) -> None:
         """What the round has cost and brought."""
-        if self._load is None or self._live is None:
+        if self._load is None or self._live is None or self._live[0].nodes == 1:
             return
         if any(self._seated[row].request.speculate for row in working):
             tokens, steps = sum(map(len, done.emitted)), max(done.drafted)
@@ -250,6 +249,8 @@ class Scheduler:
         for task in self._seated:
             if task.seated is None:
                 task.seated = time.perf_counter()
+                if self._live is not None and self._live[0].nodes == 1:
+                    task.speculation = NO_DRAFTER
 
     @torch.inference_mode()
     def _rearrange(self, kept: set[int], count: int) -> None:

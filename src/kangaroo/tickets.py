@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Self
 
 from kangaroo.completion import Completion, Piece, Stats, Transcript
@@ -60,7 +61,7 @@ class Job:
     def _wake(self) -> None:
         self._changed.notify_all()
         for loop, future in self._waiters:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has been closed, and nobody waits there any more
                 loop.call_soon_threadsafe(_settle, future)
         self._waiters.clear()
 

@@ -42,6 +42,9 @@ class Slow:
         self._clock.now += OBSERVE
         self._drafter.observe(state, committed)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        self._drafter.arrange(rows)
+
     def draft(self, state: State) -> Draft:
         self._clock.now += DRAFT
         return self._drafter.draft(state)

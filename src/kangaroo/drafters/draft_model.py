@@ -74,7 +74,8 @@ class DraftModel:
 
     def arrange(self, rows: Sequence[int]) -> None:
         """Keys, values and counts stay with their rows."""
-        assert self._cache is not None, "rows move after the first prompts"
+        if self._cache is None:
+            return
         self._cache.arrange(rows, self._cache.slots, int(self._seen.max()) if len(self._seen) else 0)
         self._seen, self._lengths = arranged(self._seen, rows), arranged(self._lengths, rows)
         self._drafted = arranged(self._drafted, rows)

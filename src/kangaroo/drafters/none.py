@@ -27,14 +27,19 @@ class NoDrafter:
 
     def draft(self, state: State) -> Draft:
         """The pending token alone."""
-        tokens = state.pending
-        return Draft(
-            tokens=tokens,
-            parents=chain(state.batch, 1, tokens.device),
-            valid=torch.ones_like(tokens, dtype=torch.bool),
-            depth=0,
-            stops=(Stop.NOTHING,) * state.batch,
-        )
+        return no_draft(state, (Stop.NOTHING,) * state.batch)
+
+
+def no_draft(state: State, stops: tuple[Stop, ...]) -> Draft:
+    """The pending tokens alone, no layer run."""
+    tokens = state.pending
+    return Draft(
+        tokens=tokens,
+        parents=chain(state.batch, 1, tokens.device),
+        valid=torch.ones_like(tokens, dtype=torch.bool),
+        depth=0,
+        stops=stops,
+    )
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], NoDrafter]:

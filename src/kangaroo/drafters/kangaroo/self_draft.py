@@ -154,9 +154,14 @@ class SelfChain:
         return drafted
 
     def finish(self, state: State, drafted: Chain) -> Draft:
-        """The draft, every node of it through the shallow layers: the first part of verifying those not yet run."""
+        """The draft, every node of it through the shallow layers: the first part of verifying those not yet run.
+
+        Where there is no draft nothing is run: plain decoding costs no more than it does by itself.
+        """
         assert self._where is not None, "a chain is grown first"
         where = self._where[: drafted.steps + 1]
+        if drafted.steps == self._steps == 0:
+            return drafted.draft(where=where)
         last = self.model.states(drafted.tokens[:, self._steps :], where[self._steps :], state)
         hidden = torch.cat([*self._hidden, last], 1)
         return drafted.draft(hidden=hidden, layers_done=self.model.exit_layer, where=where)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.self_draft import ADAPTER_SETTINGS, SelfDraft, choose_exit_layer, load_adapter
+from kangaroo.drafters.none import no_draft
 from kangaroo.drafters.settings import Settings, configure
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
@@ -76,11 +77,13 @@ class KangarooTree:
     def draft(self, state: State) -> Draft:
         """Grow level by level while some branch is open and some row has room."""
         levels = min(self._config.max_draft, max(state.draft_rooms))
+        self._steps = 0
+        if levels == 0:
+            return no_draft(state, self._reasons(state, 0))
         rooms = torch.tensor(state.draft_rooms, device=state.room.device)
         root = state.pending
         sure = torch.ones_like(root, dtype=torch.float32) * state.active[:, None]
         tree = _Growing([root], [torch.full_like(root, -1)], [torch.ones_like(root, dtype=torch.bool)], sure, [])
-        self._steps = 0
         for level in range(levels + 1):
             tokens, parents, valid = tree.joined()
             everything = state.place(tokens.shape[1], parents)
