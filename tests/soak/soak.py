@@ -28,7 +28,7 @@ from kangaroo.sampling import Sampling  # noqa: E402
 from little_model import FILES, TARGET  # noqa: E402
 
 OPENINGS = ("Once upon a time", "Can you help me", "The train to Oakland", "I would like", "What is", "Yes, and")
-LEAST_GROWTH = 64 << 20
+LEAST_GROWTH = 128 << 20
 """Bytes by which memory may grow after the first quarter: what allocators keep."""
 
 
@@ -144,6 +144,9 @@ async def drive(live: Live, bodies: list[dict[str, Any]], given: argparse.Namesp
             await ask(client, live.url + "/v1/completions", kind, bodies[kind], tally, chance.random() < 1 / 3)
             if number % 20 == 0:
                 watch.look()
+            if number % 100 == 99:
+                status = live.service.status()
+                print(f"{number + 1} asked; {status}", flush=True)
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
