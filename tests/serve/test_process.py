@@ -45,9 +45,9 @@ def process(folder: Path, *options: str, loaded: bool = True) -> Iterator[tuple[
         child.stderr.close()
 
 
-def ended(child: "subprocess.Popen[str]", seconds: float) -> str:
-    """What it has said, once it has ended in good order."""
-    _, said = child.communicate(timeout=seconds)
+def ended(child: "subprocess.Popen[str]") -> str:
+    """What it has said, once it has ended in good order; the interpreter itself may take long on a busy machine."""
+    _, said = child.communicate(timeout=60)
     assert child.returncode == 0, said
     assert "Traceback" not in said
     return said
@@ -77,7 +77,7 @@ def test_the_first_signal_finishes_what_has_begun(folder: Path, number: signal.S
         rest = list(pieces)
         assert rest[-1] == "data: [DONE]"
         assert "draining" not in rest
-        ended(child, 20)
+        ended(child)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -94,13 +94,13 @@ def test_a_second_signal_or_the_end_of_the_time_breaks_off(folder: Path, again: 
             time.sleep(0.1)
             os.kill(child.pid, signal.SIGTERM)
         assert list(pieces)[-2:] == ["draining", "data: [DONE]"]
-        ended(child, 10)
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 10
+        ended(child)
 
 
 def test_a_server_that_still_loads_ends_at_once(folder: Path) -> None:
     with process(folder, loaded=False) as (child, url):
         child.send_signal(signal.SIGTERM)
-        child.wait(10)
+        child.wait(20)
         assert "Traceback" not in child.communicate()[1]
     assert url
