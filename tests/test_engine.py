@@ -197,14 +197,14 @@ def test_leaving_a_stream_early_cancels_it(engine: Engine) -> None:
 def test_an_event_loop_that_ends_first_leaves_the_engine_alone(engine: Engine) -> None:
     tickets = []
 
-    async def impatient() -> None:
+    async def read() -> None:
         tickets.append(endless(engine))
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                async for _ in tickets[0]:
-                    pass
+        async with asyncio.timeout(0.05):
+            async for _ in tickets[0]:
+                pass
 
-    asyncio.run(impatient())
+    with pytest.raises(TimeoutError):
+        asyncio.run(read())
     assert next(tickets[0]).finish_reason is None
     tickets[0].cancel()
     assert len(engine.generate(["The"], max_tokens=3)) == 1

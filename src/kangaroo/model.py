@@ -243,7 +243,7 @@ class Target:
         """
         shapes, block = [*self.shapes, *extra], 1 if self._way is None else self._way.block
         for device in {shape.device for shape in shapes}:
-            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * _up(slots, block)
+            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * -(-slots // block) * block
             free = available_bytes(device)
             if needed > free:
                 raise CapacityError(
@@ -387,10 +387,7 @@ class Target:
 
 def _extent(where: Placement, way: Attention | None) -> int:
     """How many slots a pass looks at."""
-    return _up(where.mask.shape[-1], 1 if way is None else way.block)
-
-
-def _up(count: int, step: int) -> int:
+    count, step = where.mask.shape[-1], 1 if way is None else way.block
     return -(-count // step) * step
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kangaroo.checks import need_number, shown
+from kangaroo.checks import need_number
 from kangaroo.errors import AdapterError
 from kangaroo.files import write_atomically, write_json, writing
 from kangaroo.fingerprint import same_model
@@ -90,8 +90,8 @@ class TrainedWeights(nn.Module):
         wanted, got = table["target_fingerprint"], target.fingerprint
         if not allow_other_target and not same_model(wanted, got, weights_hidden=target.hides_weights):
             raise AdapterError(
-                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint {shown(wanted)}, this has "
-                f"{shown(got)}); train for it with `kangaroo train`, or, if it is a relative of the other, say "
+                f"the {KINDS[cls.file]} in {folder} belong to another target (fingerprint {wanted[:60]!r}, this has "
+                f"{got!r}); train for it with `kangaroo train`, or, if it is a relative of the other, say "
                 "allow_other_target=True"
             )
         module = cls(target, cls.config_kind(**{name: table[name] for name in own}))
