@@ -22,8 +22,8 @@ LINEAR_WAYS = tuple(
     Rows(*way) for way in ((16, 1), (8, 1), (16, 4), (8, 4), (16, 2), (8, 2), (8, 8), (16, 16), (4, 4), (2, 2))
 )
 """In pieces of how many rows a linear may be computed, cheapest first."""
-QUERIES, SLOTS = 8, 1536
-"""Of the attention that is tried."""
+QUERIES, SLOTS, PAIRED = 8, 1536, 16
+"""Of the attention that is tried; how far apart slots stand that cancel each other."""
 
 
 def find_rows(linears: Sequence[nn.Linear], packed: bool, verdicts: Verdicts) -> Rows | None:
@@ -74,7 +74,7 @@ def _tell_tale(linear: nn.Linear, out: int, packed: bool) -> tuple[Product, Tens
     w[:, first] = torch.randn(len(w), half, generator=random)
     w[:, second] = -w[:, first]
     x[:, first] = torch.randn(PROMPT_ROWS, half, generator=random)
-    x[:, first] *= torch.exp2(torch.randint(-3, 4, (PROMPT_ROWS, half), generator=random))
+    x[:, first] *= torch.exp2(torch.randint(-6, 7, (PROMPT_ROWS, half), generator=random))
     x[:, second] = x[:, first]
     w = w.to(weight.device, weight.dtype)[torch.arange(out, device=weight.device) % len(w)]
     made = pack(w) if packed else w
@@ -138,6 +138,10 @@ class _TriedAttention:
         q = torch.randn(rows, heads, 2 * PROMPT_ROWS, half, generator=random)
         k = torch.randn(rows, shape.heads, SLOTS, half, generator=random) * 16
         v = torch.randn(rows, shape.heads, SLOTS, shape.value_dim, generator=random)
+        v *= torch.exp2(torch.randint(-8, 9, v.shape, generator=random))  # so that sums of few are rounded too
+        # Slots in pairs of equal weight and opposite values, too far apart for a product to add them up at once.
+        first = torch.arange(SLOTS) & ~PAIRED
+        k, v = k[:, :, first], v[:, :, first] * torch.where(torch.arange(SLOTS) == first, 1, -1)[:, None]
         made = (torch.cat([q, q], -1), torch.cat([k, -k], -1), v)
         self._query, self._key, self._value = (tensor.to(shape.device, shape.dtype) for tensor in made)
 
