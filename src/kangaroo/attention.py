@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from kangaroo.cache import round_up
 from kangaroo.errors import ModelError
 from kangaroo.passes import PROMPT_ROWS, Attention, Pass, current
 
@@ -145,7 +146,7 @@ class _Kernel:
 
     def width(self, group: int) -> int:
         """Queries of a call, if a node has so many: whole nodes where there are more than the way asks for."""
-        return -(-group // self._queries) * self._queries
+        return round_up(group, self._queries)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         if not self._by_hand:
@@ -177,7 +178,7 @@ def _in_blocks(one: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
     for begin in range(first - first % PROMPT_ROWS, first + nodes, PROMPT_ROWS):
         left, right = max(begin, first), min(begin + PROMPT_ROWS, first + nodes)
         fill = (left - begin, begin + PROMPT_ROWS - right)
-        extent = min(-(-(begin + PROMPT_ROWS) // step) * step, key.shape[2])
+        extent = min(round_up(begin + PROMPT_ROWS, step), key.shape[2])
         part = slice(left - first, right - first)
         here = functional.pad(query[:, :, part], (0, 0, *fill))
         blocked = functional.pad(mask[:, :, part, :extent], (0, 0, *fill))

@@ -47,7 +47,7 @@ class KVCache:
         self._storage: list[tuple[range, Tensor, Tensor]] = []
         for shape, alike in groupby(range(len(shapes)), key=shapes.__getitem__):
             layers = list(alike)
-            size, dims = (len(layers), batch, shape.heads, _up(slots, block)), (shape.key_dim, shape.value_dim)
+            size, dims = (len(layers), batch, shape.heads, round_up(slots, block)), (shape.key_dim, shape.value_dim)
             keys, values = (torch.zeros(*size, dim, dtype=shape.dtype, device=shape.device) for dim in dims)
             self._storage.append((range(layers[0], layers[-1] + 1), keys, values))
         self._open(batch)
@@ -87,12 +87,12 @@ class KVCache:
 
     def _larger(self, store: Tensor) -> Tensor:
         layers, _, heads, _, dim = store.shape
-        return store.new_zeros(layers, self._held, heads, _up(self.slots, self._block), dim)
+        return store.new_zeros(layers, self._held, heads, round_up(self.slots, self._block), dim)
 
     def _check_growth(self, held: int, slots: int) -> None:
         for device in {keys.device for _, keys, _ in self._storage}:
             sizes = [s.numel() * s.itemsize for _, *pair in self._storage for s in pair if s.device == device]
-            factor = held * _up(slots, self._block) / (self._held * _up(self.slots, self._block))
+            factor = held * round_up(slots, self._block) / (self._held * round_up(self.slots, self._block))
             # Old storage goes piece by piece as new is made.
             needed, free = int(sum(sizes) * (factor - 1) + max(sizes)), available_bytes(device)
             if needed > free:
@@ -156,5 +156,6 @@ class KVCache:
             slots[:, batch, destination.to(slots.device)] = slots[:, batch, source.to(slots.device)]
 
 
-def _up(count: int, step: int) -> int:
+def round_up(count: int, step: int) -> int:
+    """The least multiple of `step` that is not below `count`."""
     return -(-count // step) * step

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kangaroo.attention import OWN, make_steady
-from kangaroo.cache import KVCache, LayerShape
+from kangaroo.cache import KVCache, LayerShape, round_up
 from kangaroo.errors import CapacityError, ConfigError, ModelError
 from kangaroo.families import (
     FAMILIES,
@@ -243,7 +243,7 @@ class Target:
         """
         shapes, block = [*self.shapes, *extra], 1 if self._way is None else self._way.block
         for device in {shape.device for shape in shapes}:
-            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * -(-slots // block) * block
+            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * round_up(slots, block)
             free = available_bytes(device)
             if needed > free:
                 raise CapacityError(
@@ -387,8 +387,7 @@ class Target:
 
 def _extent(where: Placement, way: Attention | None) -> int:
     """How many slots a pass looks at."""
-    count, step = where.mask.shape[-1], 1 if way is None else way.block
-    return -(-count // step) * step
+    return round_up(where.mask.shape[-1], 1 if way is None else way.block)
 
 
 def check_exit_layer(exit_layer: int, target: Target) -> None:

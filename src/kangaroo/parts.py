@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kangaroo.attention import attend, ways
-from kangaroo.cache import LayerShape
+from kangaroo.cache import LayerShape, round_up
 from kangaroo.linears import pack, packed_product
 from kangaroo.passes import PROMPT_ROWS, Attention, Pass, Product, Rows
 from kangaroo.verdicts import Verdicts
@@ -147,7 +147,7 @@ class _TriedAttention:
 
     def decodes_steadily(self, seen: int) -> bool:
         """Whether a query that sees so many slots gets the same alone, among others, and over more blocks."""
-        least = -(-seen // self._way.block) * self._way.block
+        least = round_up(seen, self._way.block)
         alone = self._one_by_one(seen, least)
         for extent in {least, least + self._way.block, 1024}:
             for rows, count in ((len(alone), QUERIES), (1, QUERIES), (1, 2), (1, 3), (2, 5)):
@@ -174,7 +174,7 @@ class _TriedAttention:
 
     def reads_steadily(self) -> bool:
         """Whether prompts get the same alone, in a batch, and in pieces."""
-        length, extent = 100, -(-2 * PROMPT_ROWS // self._way.block) * self._way.block
+        length, extent = 100, round_up(2 * PROMPT_ROWS, self._way.block)
         key, value, query = self._key[:, :, :extent], self._value[:, :, :extent], self._query[:, :, :length]
         hidden = torch.arange(extent, device=key.device) > torch.arange(length, device=key.device)[:, None]
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=key.device)

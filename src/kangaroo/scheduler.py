@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from kangaroo.cache import round_up
 from kangaroo.completion import Piece, Stats
 from kangaroo.decode import PREFILL_CHUNK, Round, allocate, prefill_chunk, step
 from kangaroo.drafters.base import Drafter
@@ -324,7 +325,7 @@ class Scheduler:
         left = {row: max(1, len(self._seated[row].request.prompt) - 1 - begin) for row in alike.values()}
         width = left[first] if most == 1 else max(left.values())
         if width < max(left.values()):  # those that go on do so where a block begins
-            width = -(-width // BLOCK) * BLOCK
+            width = round_up(width, BLOCK)
         assert self._live is not None, "rows are seated"
         width = min(width, PREFILL_CHUNK, self._live[1].cache.slots - begin)
         others = [row for row in sorted(left) if row != first]

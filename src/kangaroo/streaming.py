@@ -1,5 +1,6 @@
 """Answers as they are written: iterators of pieces that can be closed, each with counts and completions of its own."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,23 @@ from kangaroo.state import Request
 from kangaroo.text import TextStream
 
 
-class BatchStream:
+class _Closable(Iterator[Piece]):
+    """An iterator that is closed by leaving its `with` block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop and free what it holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class BatchStream(_Closable):
     """Pieces of several answers, in the order in which they come; `Piece.answer` says to which each belongs.
 
     It holds the rows' memory until its end or until it is closed, by `close`, by leaving its `with` block, or with the
@@ -56,19 +73,8 @@ class BatchStream:
         """Stop and free the rows. What was not finished stays so."""
         self._pieces = iter(())
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Piece:
         return next(self._pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _run(scheduler: Scheduler) -> Iterator[Piece]:
@@ -77,7 +83,7 @@ def _run(scheduler: Scheduler) -> Iterator[Piece]:
             yield from pieces
 
 
-class AnswerStream:
+class AnswerStream(_Closable):
     """Pieces of one answer as they come. It can be closed, and is a context manager that does so."""
 
     def __init__(self, batch: BatchStream):
@@ -97,16 +103,5 @@ class AnswerStream:
         """Stop and free the memory."""
         self._batch.close()
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Piece:
         return next(self._batch)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -121,19 +121,12 @@ def _llama_cpp(draft: Drafting) -> Launch:
 
 
 def _mlx(draft: Drafting) -> Launch:
-    number = str(draft.fixed)
-    line = (
-        "mlx_lm.generate",
-        "--model",
-        draft.target,
-        "--draft-model",
-        str(draft.folder),
-        "--num-draft-tokens",
-        number,
-    )
     return Launch(
         language="sh",
-        text=_shell(*line, "--prompt", "The capital of France is"),
+        text=_shell(
+            *("mlx_lm.generate", "--model", draft.target, "--draft-model", str(draft.folder)),
+            *("--num-draft-tokens", str(draft.fixed), "--prompt", "The capital of France is"),
+        ),
         notes=(
             f"A draft has a fixed length, sure of it or not: start with {draft.fixed}.",
             "`mlx_lm.server` takes the same two options; a draft model turns its batching off.",
