@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ModelError
 from kangaroo.families import FAMILIES, LIKE_LLAMA
 from kangaroo.fused import FusedLayer, in_fewer_calls
-from kangaroo.linears import PackedLinear, PackedProduct, SteadyLinear, can_pack, count_weights
+from kangaroo.linears import Packed, PackedLinear, PackedProduct, SteadyLinear, can_pack, count_weights
 from kangaroo.model import Target
 from kangaroo.parts import find_rows, is_even
 from kangaroo.passes import Pass, Rows, computing
@@ -234,8 +234,8 @@ def test_linears_that_read_the_same_are_one_product() -> None:
     product = PackedProduct(made, Rows(8, 2))
     parts = [PackedLinear(linear, product, part) for part, linear in enumerate(made)]
     asked: list[int] = []
-    honest = product._product
-    product._product = lambda x: asked.append(len(x)) or honest(x)  # type: ignore[method-assign, func-returns-value]
+    honest = product.packed
+    product.packed = cast(Packed, lambda x: asked.append(len(x)) or honest(x))
     x, other = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
     for linear, part in zip(made, parts, strict=True):
         assert torch.allclose(part(x), linear(x), atol=1e-5)
@@ -304,8 +304,8 @@ def test_a_layer_that_does_more_is_left_as_it_is() -> None:
     run = Target(model)
     assert [isinstance(layer, FusedLayer) for layer in run._run_as[:3]] == [False, False, True]
     kept = run._run_as[2]._layer
-    assert isinstance(in_fewer_calls(kept, lambda layer: [torch.ones(1)]), FusedLayer)
-    assert in_fewer_calls(kept, lambda layer: [torch.tensor(float(layer is kept))]) is kept, "other bits"
+    assert isinstance(in_fewer_calls(kept, lambda layer: [torch.ones(1)], None), FusedLayer)
+    assert in_fewer_calls(kept, lambda layer: [torch.tensor(float(layer is kept))], None) is kept, "other bits"
 
 
 # --- attention

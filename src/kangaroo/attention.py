@@ -117,11 +117,12 @@ def _in_pieces(kernel: "_Kernel", query: Tensor, key: Tensor, value: Tensor, mas
 def _folded(one: Pass, mask: Tensor, group: int, width: int) -> Tensor:
     """The mask [B, 1, N, S] of folded queries, in pieces [B, P, W, S]; the layers of a pass share it."""
     key = id(mask), group
-    if key not in one.masks:
+    if key not in one.made:
         rows = mask[:, 0].repeat_interleave(group, 1)
         filled = functional.pad(rows, (0, 0, 0, -rows.shape[1] % width))
-        one.masks[key] = filled.reshape(len(mask), -1, width, mask.shape[-1])
-    return one.masks[key]
+        one.made[key] = filled.reshape(len(mask), -1, width, mask.shape[-1])
+    folded: Tensor = one.made[key]
+    return folded
 
 
 def _along(states: Tensor, paths: Tensor) -> Tensor:

@@ -112,6 +112,10 @@ class KVCache:
                 found.update(zip(wanted, pairs, strict=True))
         return found
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, dim] of a layer, all slots, in place."""
+        return self._keys[layer], self._values[layer]
+
     def visible(self, extent: int) -> Views:
         """The first `extent` slots of all layers; the latest are kept, as drafting and verification see the same."""
         if self._visible[0] != extent:
@@ -154,6 +158,18 @@ class KVCache:
             slots = store.transpose(2, 3)
             batch = self._rows[slots.device][:, None]
             slots[:, batch, destination.to(slots.device)] = slots[:, batch, source.to(slots.device)]
+
+
+def need_room(shapes: Sequence[LayerShape], batch: int, slots: int, block: int) -> None:
+    """Raise CapacityError unless layers of these shapes have room for so many rows, of whole blocks of slots."""
+    for device in {shape.device for shape in shapes}:
+        needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * round_up(slots, block)
+        free = available_bytes(device)
+        if needed > free:
+            raise CapacityError(
+                f"the KV cache of {batch} rows of {slots} tokens needs {human_bytes(needed)} on {device}, where "
+                f"{human_bytes(free)} are free; use a smaller batch, shorter prompts or fewer max_tokens"
+            )
 
 
 def round_up(count: int, step: int) -> int:

@@ -223,6 +223,7 @@ def load(
     allow_other_target: bool = False,
     exact: bool = True,
     pack: bool | None = None,
+    compile: bool = False,
     threads: int | Literal["auto"] | None = None,
     **settings: Any,
 ) -> Decoder:
@@ -236,8 +237,9 @@ def load(
     The model goes on the GPU if there is one. `dtype` defaults to the checkpoint's there and to what a CPU runs fastest
     otherwise. For device maps or quantisation, load the model with transformers and pass it in. `exact=False` gives up
     the same bits with drafts and without, for what that costs (docs/speed.md). `pack` has linears keep their weights in
-    the order in which a CPU reads them, and in no other; by default, where the model is loaded here. `threads` sets how
-    many torch computes with, in this whole process: "auto" tries, None leaves that alone.
+    the order in which a CPU reads them, and in no other; by default, where the model is loaded here. `compile` has them
+    and whole layers computed by kernels that are compiled for this processor, once, which needs a C++ compiler.
+    `threads` sets how many torch computes with, in this whole process: "auto" tries, None leaves that alone.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
@@ -254,19 +256,13 @@ def load(
         loaded = model
     else:
         loaded = load_model(model, dtype, device, trust_remote_code=trust_remote_code, **options)
-    set_threads(threads, loaded)
+    set_threads(threads, loaded, compile)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         name = tokenizer or loaded.config._name_or_path
         tokenizer = load_tokenizer(name, revision if tokenizer is None else None, trust_remote_code=trust_remote_code)
-    target = Target(loaded, exact=exact, pack=loaded is not model if pack is None else pack)
-    plain = Decoder(
-        target,
-        NoDrafter,
-        Tokenizer(tokenizer),
-        end_tokens(loaded),
-        files,
-        allow_other_target=allow_other_target,
-    )
+    target = Target(loaded, exact=exact, pack=loaded is not model if pack is None else pack, compile=compile)
+    own = Tokenizer(tokenizer)
+    plain = Decoder(target, NoDrafter, own, end_tokens(loaded), files, allow_other_target=allow_other_target)
     return plain.with_drafter(drafter, **given)
 
 

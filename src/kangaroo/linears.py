@@ -4,18 +4,22 @@ A matrix product adds up a row's terms in an order that may depend on how many r
 therefore replaced by ones that know a `Rows`: in pieces of how many rows they give every row the bits it gets alone.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kangaroo.kernels import Kernels
 from kangaroo.passes import PROMPT_ROWS, Pass, Product, Rows, current
 
+ANY = Rows(sys.maxsize, 1)
+"""As many rows as there are: what kernels do that see to it themselves."""
 _OF_PROMPTS = Rows(PROMPT_ROWS, PROMPT_ROWS)
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears of one module that read the same input, by the names that transformers gives them."""
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("gate", "up"))
+"""Linears of one module that read the same input, by the names that transformers and adapters give them."""
 Entry = tuple[nn.Module, str, nn.Linear]
 """A linear, and the module and the name by which it is found."""
 
@@ -37,22 +41,57 @@ class SteadyLinear(nn.Linear):
         return functional.linear(x, self.weight, self.bias)
 
 
+class Packed(Protocol):
+    """Weights in the order in which a CPU reads them, with a bias if there is one."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., O]."""
+        ...
+
+    def dense(self) -> Tensor:
+        """A plain copy of the weights [O, K]."""
+        ...
+
+
+class OneDnnWeights:
+    """Weights in the order of oneDNN, which comes with torch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        with torch.inference_mode(False), torch.no_grad():
+            self._held = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
+        self._bias = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., O]."""
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._held, self._bias, "none", [], "")
+        return made
+
+    def dense(self) -> Tensor:
+        """A plain copy of the weights [O, K]."""
+        return self._held.to_dense()  # type: ignore[no-any-return]
+
+
+def pack(weight: Tensor, bias: Tensor | None, kernels: Kernels | None) -> Packed:
+    """Weights [O, K] and a bias [O] for the kernels that were compiled, or for oneDNN's."""
+    return OneDnnWeights(weight, bias) if kernels is None else kernels.pack(weight, bias)
+
+
 class PackedProduct:
     """The weights of linears that read the same input, one below the other, in the order in which a CPU reads them.
 
     One product over all of them costs less than one over each.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], rows: Rows | None):
+    def __init__(self, linears: Sequence[nn.Linear], rows: Rows | None, kernels: Kernels | None = None):
         self.widths, self.rows = [linear.out_features for linear in linears], rows
-        self._packed = pack(torch.cat([linear.weight.detach() for linear in linears]))
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self._bias = torch.cat(biases) if biases else None
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.packed = pack(weight, torch.cat(biases) if biases else None, kernels)
         self._latest: tuple[Tensor, Pass | None, tuple[Tensor, ...]] | None = None
 
     def weight(self, part: int) -> Tensor:
         """A plain copy of the weights [O, K] of one of the linears."""
-        return torch.split(self._packed.to_dense(), self.widths)[part].clone()
+        return torch.split(self.packed.dense(), self.widths)[part].clone()
 
     def part(self, x: Tensor, part: int) -> Tensor:
         """What one of the linears makes of x [..., K]: all are computed for the first that is asked."""
@@ -66,10 +105,7 @@ class PackedProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         """What all of the linears make of x [..., K], one behind the other."""
-        return _in_pieces(self._product, x, self.rows)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return packed_product(x, self._packed, self._bias)
+        return _in_pieces(self.packed, x, self.rows)
 
 
 class PackedLinear(nn.Module):
@@ -117,24 +153,13 @@ def _in_pieces(product: Product, x: Tensor, rows: Rows | None) -> Tensor:
     one = current()
     if one is None or rows is None:
         return product(x)
-    if one.prompt is not None:
+    if one.prompt is not None and rows != ANY:
         rows = _OF_PROMPTS
     count = x.shape[:-1].numel()
     if rows.least <= count <= rows.most:  # the product itself sees rows only, however they are arranged
         return product(x)
     done = rows.apply(product, x.reshape(count, -1))
     return done.view(*x.shape[:-1], -1)
-
-
-def pack(weight: Tensor) -> Tensor:
-    """Weights [O, K] in oneDNN's own order."""
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)  # type: ignore[no-any-return]
-
-
-def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times packed weights -> [..., O]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -163,9 +188,9 @@ def products(entries: Iterable[Entry]) -> list[list[Entry]]:
     return list(found.values())
 
 
-def pack_together(product: list[Entry], rows: Rows | None = None) -> None:
+def pack_together(product: list[Entry], rows: Rows | None = None, kernels: Kernels | None = None) -> None:
     """Replace linears that read the same input by packed ones."""
-    packed = PackedProduct([linear for _, _, linear in product], rows)
+    packed = PackedProduct([linear for _, _, linear in product], rows, kernels)
     for part, (parent, name, linear) in enumerate(product):
         setattr(parent, name, PackedLinear(linear, packed, part))
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kangaroo.attention import OWN, make_steady
-from kangaroo.cache import KVCache, LayerShape, round_up
-from kangaroo.errors import CapacityError, ConfigError, ModelError
+from kangaroo.cache import KVCache, LayerShape, need_room, round_up
+from kangaroo.errors import ConfigError, ModelError
 from kangaroo.families import (
     FAMILIES,
     FULL,
@@ -29,8 +29,8 @@ from kangaroo.families import (
 )
 from kangaroo.fingerprint import fingerprint, is_readable
 from kangaroo.fused import in_fewer_calls
+from kangaroo.kernels import CompiledLayer, Kernels, Seen
 from kangaroo.linears import count_weights
-from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.norms import with_fused_norms
 from kangaroo.passes import Attention, Pass, computing
 from kangaroo.rotary import RotaryTables
@@ -50,10 +50,11 @@ class Target:
     ignores masks, NaN weights, or logits that differ from the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel, *, exact: bool = True, pack: bool = False):
+    def __init__(self, model: PreTrainedModel, *, exact: bool = True, pack: bool = False, compile: bool = False):
         """`exact` has every pass give a token the same bits, where this machine can; without it, whatever is fastest.
 
         `pack` lets the model's linears be replaced by packed ones that keep no plain copy: for models nobody else uses.
+        `compile` packs them for kernels that are compiled for this processor. Raises ConfigError if they cannot be.
         """
         self.model, self.config = model.eval(), model.config.get_text_config()
         self._refuse_what_cannot_work()
@@ -70,6 +71,8 @@ class Target:
         self._embedding_scale: float = 1.0
         self._rotary = RotaryTables(base.rotary_emb, self.width, self.context, self.device)
         self._way: Attention | None = None
+        self.kernels = Kernels(self.dtype, self.device) if compile else None
+        """Compiled for this target's linears and layers, if that was asked for."""
         self._check()
         self.fingerprint, self.parameters = self._fingerprint(), count_weights(model)
         """What tells this target from others, equal in whatever precision it was loaded; how many weights it has."""
@@ -84,7 +87,7 @@ class Target:
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
         if way is not None and self.config.model_type in LIKE_LLAMA:
             for index, layer in enumerate(self._run_as):
-                self._run_as[index] = in_fewer_calls(layer, partial(self._tried, index))
+                self._run_as[index] = in_fewer_calls(layer, partial(self._tried, index), self.kernels)
 
     @torch.inference_mode()
     def _tried(self, index: int, layer: Any) -> list[Tensor]:
@@ -192,6 +195,13 @@ class Target:
         with self._computing(where, way):
             return attention(x, past_key_values=past, **inputs)[0]  # type: ignore[no-any-return]
 
+    def run_compiled(self, layer: CompiledLayer, place: int, x: Tensor, where: Placement, cache: KVCache) -> Tensor:
+        """Run a compiled layer of a drafter's on x [B, N, D]; its keys and values are the cache's layer `place`."""
+        way = None if where.branches else self._way
+        inputs = self._layer_inputs(self.adapter_kind, where, x, way)
+        seen = Seen(where.slots, where.rows, inputs["attention_mask"], inputs["position_embeddings"], None)
+        return layer(x, seen, *cache.layer(place))
+
     def new_attention(self, place: int = 0) -> nn.Module:
         """An untrained attention module of the family's own class that stores K/V as one more layer of the cache.
 
@@ -242,14 +252,7 @@ class Target:
         Raises CapacityError, before anything is allocated, if it cannot fit.
         """
         shapes, block = [*self.shapes, *extra], 1 if self._way is None else self._way.block
-        for device in {shape.device for shape in shapes}:
-            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * round_up(slots, block)
-            free = available_bytes(device)
-            if needed > free:
-                raise CapacityError(
-                    f"the KV cache of {batch} rows of {slots} tokens needs {human_bytes(needed)} on {device}, where "
-                    f"{human_bytes(free)} are free; use a smaller batch, shorter prompts or fewer max_tokens"
-                )
+        need_room(shapes, batch, slots, block)
         return KVCache(shapes, batch, slots, block)
 
     def _fingerprint(self) -> str:

@@ -19,13 +19,13 @@ class FusedNorm(nn.Module):
 
     def __init__(self, weight: Tensor, epsilon: float):
         super().__init__()
-        self.weight, self._epsilon = weight, epsilon
+        self.weight, self.epsilon = weight, epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], scaled in single precision whatever that of x."""
         if x.dtype == torch.float64:
-            return self.weight * functional.rms_norm(x.float(), self.weight.shape, eps=self._epsilon).to(x.dtype)
-        return self.weight * functional.rms_norm(x, self.weight.shape, eps=self._epsilon)  # it widens short numbers
+            return self.weight * functional.rms_norm(x.float(), self.weight.shape, eps=self.epsilon).to(x.dtype)
+        return self.weight * functional.rms_norm(x, self.weight.shape, eps=self.epsilon)  # it widens short numbers
 
 
 def with_fused_norms(layer: nn.Module) -> nn.Module:

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from kangaroo.attention import attend, ways
 from kangaroo.cache import LayerShape, round_up
-from kangaroo.linears import pack, packed_product
+from kangaroo.kernels import Kernels
+from kangaroo.linears import ANY, pack
 from kangaroo.passes import PROMPT_ROWS, Attention, Pass, Product, Rows
 from kangaroo.verdicts import Verdicts
 
@@ -26,18 +27,21 @@ QUERIES, SLOTS, PAIRED = 8, 1536, 16
 """Of the attention that is tried; how far apart slots stand that cancel each other."""
 
 
-def find_rows(linears: Sequence[nn.Linear], packed: bool, verdicts: Verdicts) -> Rows | None:
+def find_rows(
+    linears: Sequence[nn.Linear], packed: bool, verdicts: Verdicts, kernels: Kernels | None = None
+) -> Rows | None:
     """In which pieces a product over linears of these shapes gives a row the same bits in any company.
 
     None if in none that was tried.
     """
-    first, kind = linears[0], "packed" if packed else "plain"
+    first, kind = linears[0], "plain" if not packed else "packed" if kernels is None else f"compiled {kernels.name}"
     shape = (sum(linear.out_features for linear in linears), first.in_features)
     name = f"{kind} {first.weight.dtype} {shape} bias {first.bias is not None}"
     known = verdicts.get(name)
     if known is None:
-        tried = _tell_tale(first, shape[0], packed)
-        found = next((way for way in LINEAR_WAYS if _is_steady(tried, way)), None)
+        tried = _tell_tale(first, shape[0], packed, kernels)
+        ways = LINEAR_WAYS if kernels is None else (ANY, *LINEAR_WAYS)
+        found = next((way for way in ways if _is_steady(tried, way)), None)
         verdicts.set(name, "none" if found is None else asdict(found))
         return found
     return None if known == "none" else Rows(**known)
@@ -63,7 +67,7 @@ def is_even(activation: nn.Module, width: int, dtype: torch.dtype, device: torch
     return bool(known)
 
 
-def _tell_tale(linear: nn.Linear, out: int, packed: bool) -> tuple[Product, Tensor]:
+def _tell_tale(linear: nn.Linear, out: int, packed: bool, kernels: Kernels | None) -> tuple[Product, Tensor]:
     """A product like this linear's but with so many results, and rows [64, K] whose results are all rounding."""
     weight, inner = linear.weight, linear.in_features
     bias = None if linear.bias is None else linear.bias.new_zeros(out)
@@ -77,12 +81,7 @@ def _tell_tale(linear: nn.Linear, out: int, packed: bool) -> tuple[Product, Tens
     x[:, first] *= torch.exp2(torch.randint(-6, 7, (PROMPT_ROWS, half), generator=random))
     x[:, second] = x[:, first]
     w = w.to(weight.device, weight.dtype)[torch.arange(out, device=weight.device) % len(w)]
-    made = pack(w) if packed else w
-    product: Product = (
-        (lambda rows: packed_product(rows, made, bias))
-        if packed
-        else (lambda rows: functional.linear(rows, made, bias))
-    )
+    product = pack(w, bias, kernels) if packed else lambda rows: functional.linear(rows, w, bias)
     return product, x.to(weight.device, weight.dtype)
 
 
@@ -96,11 +95,10 @@ def _is_steady(tried: tuple[Product, Tensor], way: Rows) -> bool:
     for turn in (1, 5, 11):
         if not torch.equal(way.apply(product, few.roll(turn, 0)).roll(-turn, 0), alone):
             return False
-    return _is_steady_in_prompts(product, x)
+    return _is_steady_in_prompts(product, x, way if way == ANY else Rows(PROMPT_ROWS, PROMPT_ROWS))
 
 
-def _is_steady_in_prompts(product: Product, x: Tensor) -> bool:
-    way = Rows(PROMPT_ROWS, PROMPT_ROWS)
+def _is_steady_in_prompts(product: Product, x: Tensor, way: Rows) -> bool:
     whole = way.apply(product, x)
     turned = all(torch.equal(way.apply(product, x.roll(turn, 0)).roll(-turn, 0), whole) for turn in (1, 9, 33))
     return turned and torch.equal(way.apply(product, x[:7]), whole[:7])

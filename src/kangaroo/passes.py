@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class Pass:
     """Position of the first token, if this is a piece of prompts, which stand at the same positions in all rows."""
     paths: Tensor | None = None
     """[B, N, S] in which slot each node of a tree finds the token at each position before it; None for chains."""
-    masks: dict[object, Tensor] = field(default_factory=dict, compare=False)
-    """What attention has made of masks."""
+    made: dict[object, Any] = field(default_factory=dict, compare=False)
+    """What has been made of masks, for all layers of the pass."""
 
 
 _current: ContextVar[Pass | None] = ContextVar("pass", default=None)

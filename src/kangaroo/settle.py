@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kangaroo.attention import config_of
 from kangaroo.cache import LayerShape
 from kangaroo.errors import ModelError
+from kangaroo.kernels import Kernels
 from kangaroo.linears import Entry, SteadyLinear, can_pack, pack_together, plain_linears, products
 from kangaroo.parts import find_attention, find_rows, is_even
 from kangaroo.passes import Attention, Rows
@@ -26,6 +27,7 @@ class Settled(Tried, Protocol):
     shapes: list[LayerShape]
     dtype: torch.dtype
     fingerprint: str
+    kernels: Kernels | None
 
     @property
     def head(self) -> nn.Module:
@@ -42,11 +44,11 @@ def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
 
     Raises ModelError if the trial cannot be brought to an end.
     """
-    packs = pack and can_pack(target.dtype, target.device)
+    packs = target.kernels is not None or (pack and can_pack(target.dtype, target.device))
     if not exact:
         if packs:
             linears = _products(target, packs)
-            _replace(linears, [None] * len(linears), packs)
+            _replace(linears, [None] * len(linears), packs, target.kernels)
             target.compute_by(None)
         return Exactness("ties", "not asked for")
     return attempt(lambda: _try(target, packs))
@@ -57,19 +59,21 @@ def _try(target: Settled, packs: bool) -> Exactness:
     verdicts = Verdicts(target.device)
     implementation = target.config._attn_implementation
     linears = _products(target, packs)
-    found = [find_rows([linear for _, _, linear in product], packs, verdicts) for product in linears]
+    kernels = target.kernels
+    found = [find_rows([linear for _, _, linear in product], packs, verdicts, kernels) for product in linears]
     stubborn = [product for product, rows in zip(linears, found, strict=True) if rows is None]
     way = find_attention(target.shapes, int(target.config.num_attention_heads), implementation, _more(target), verdicts)
     if stubborn or way is None:
-        _replace(linears, [None] * len(linears), packs)
+        _replace(linears, [None] * len(linears), packs, kernels)
         target.compute_by(None)
         what = f"linears of shape {tuple(stubborn[0][0][2].weight.shape)}" if stubborn else "attention"
         exactness = Exactness("ties", f"{what}: no way that was tried gives a token the same bits in every pass")
     else:
-        _replace(linears, found, packs)
+        _replace(linears, found, packs, kernels)
         target.compute_by(way)
-        how = _in_words(packs, [rows for rows in found if rows is not None], way)
-        name = f"model {target.fingerprint} {target.dtype} {implementation} packed {packs}"
+        how = _in_words(packs, [rows for rows in found if rows is not None], way, kernels)
+        compiled = "" if kernels is None else f" compiled {kernels.name}"
+        name = f"model {target.fingerprint} {target.dtype} {implementation} packed {packs}{compiled}"
         exactness = prove(target, name, verdicts, how)
         if exactness.level == "ties":
             target.compute_by(None)
@@ -110,10 +114,10 @@ def _doubt(target: Settled, verdicts: Verdicts) -> str | None:
     return None
 
 
-def _replace(found: list[list[Entry]], rows: Sequence[Rows | None], packs: bool) -> None:
+def _replace(found: list[list[Entry]], rows: Sequence[Rows | None], packs: bool, kernels: Kernels | None) -> None:
     for product, own in zip(found, rows, strict=True):
         if packs:
-            pack_together(product, own)
+            pack_together(product, own, kernels)
         elif own is not None:
             for parent, name, linear in product:
                 setattr(parent, name, SteadyLinear(linear, own))
@@ -130,11 +134,11 @@ def _more(target: Settled) -> dict[str, Any]:
     return more
 
 
-def _in_words(packs: bool, rows: list[Rows], way: Attention) -> str:
+def _in_words(packs: bool, rows: list[Rows], way: Attention, kernels: Kernels | None) -> str:
     least = max((one.least for one in rows), default=1)  # none where they have been replaced before
     return ", ".join(
         [
-            "packed linears" if packs else "plain linears",
+            "compiled linears" if kernels is not None else "packed linears" if packs else "plain linears",
             f"some at least {least} rows wide" if least > 1 else "any number of rows",
             ("attention" if way.kernel == "sdpa" else "attention by hand")
             + (f" {way.queries} queries wide" if way.queries > 1 else " query by query"),

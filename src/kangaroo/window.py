@@ -15,7 +15,7 @@ class CacheWindow(Cache):  # type: ignore[misc]
     def __init__(self, cache: KVCache, where: Placement, layers: range, extent: int):
         """`extent` is how many slots the layers look at."""
         super().__init__(layers=[])
-        self._cache, self._where, self._extent = cache, where, extent
+        self._cache, self.where, self._extent = cache, where, extent
         self._seen: Views | None = None
         self._new: Views | None = None
         if where.rows is None:
@@ -26,14 +26,18 @@ class CacheWindow(Cache):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Store a layer's new keys and values, and return all that it may look at."""
         if self._new is None:
-            self._cache.write(layer_idx, self._where.slots, key_states, value_states, self._where.rows)
+            self._cache.write(layer_idx, self.where.slots, key_states, value_states, self.where.rows)
         else:
             keys, values = self._new[layer_idx]
             keys.copy_(key_states)
             values.copy_(value_states)
         if self._seen is not None:
             return self._seen[layer_idx]
-        return self._cache.read(layer_idx, self._extent, self._where.rows)
+        return self._cache.read(layer_idx, self._extent, self.where.rows)
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows and slots of a layer, for code that reads and writes them in place."""
+        return self._cache.layer(layer)
 
 
 class Recorder(Cache):  # type: ignore[misc]

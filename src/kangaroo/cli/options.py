@@ -45,6 +45,9 @@ class ModelOptions:
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model on the hub.")
     ] = False
     threads: Threads = None
+    compile: Annotated[bool, typer.Option("--compile", help="Compile kernels for this CPU; needs a C++ compiler.")] = (
+        False
+    )
     exact: Annotated[bool, typer.Option(help="The same bits with drafts and without, where this machine can.")] = True
 
     def open(self, drafter: str) -> Decoder:
@@ -64,6 +67,7 @@ class ModelOptions:
                 trust_remote_code=self.trust_remote_code,
                 allow_other_target=self.allow_other_target,
                 exact=self.exact,
+                compile=self.compile,
                 threads="auto" if self.threads is None else None,
                 **self.files,
             )

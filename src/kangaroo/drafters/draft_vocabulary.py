@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kangaroo.errors import AdapterError, ConfigError
-from kangaroo.linears import pack, packed_product
+from kangaroo.linears import pack
 from kangaroo.loading import end_tokens
 from kangaroo.model import Target
 
@@ -95,8 +95,7 @@ class DraftVocabulary(DraftTokens):
         tokens = self.tokens.to(weight.device)
         rows, bias = weight.detach()[tokens].contiguous(), None if bias is None else bias.detach()[tokens]
         if self._packs:
-            packed = pack(rows)
-            return lambda y: packed_product(y, packed, bias)
+            return pack(rows, bias, self._target[0].kernels)
         return lambda y: functional.linear(y.to(rows.device), rows, bias)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ one such layer; several stand one behind the other, and share the last norm and 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from torch.nn import functional
 from kangaroo.cache import KVCache, LayerShape
 from kangaroo.drafters.draft_vocabulary import DraftVocabulary
 from kangaroo.errors import ConfigError
+from kangaroo.families import LIKE_LLAMA
 from kangaroo.fingerprint import is_readable
+from kangaroo.fused import compiled_layer
+from kangaroo.kernels import CompiledLayer
 from kangaroo.linears import can_pack, pack_together, plain_linears, products
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.norms import fused_norms
@@ -131,9 +134,11 @@ class Adapter(TrainedWeights):
         if not can_pack(self.target.dtype, self.target.device):
             return
         for product in products(plain_linears(self)):
-            pack_together(product)
+            pack_together(product, kernels=self.target.kernels)
         if self.vocabulary is not None:
             self.vocabulary.pack()
+        for layer in self.layers:
+            layer.compile_for(self.target)  # type: ignore[operator]
 
     @property
     def cache_layers(self) -> tuple[LayerShape, ...]:
@@ -155,6 +160,16 @@ class AdapterLayer(nn.Module):
         if variant in ("full-layer", "mlp-only"):
             self.mlp = FeedForward(target.width, int(target.config.intermediate_size))
         self.norm_mid = target.new_norm() if variant == "full-layer" else None
+        self._compiled: CompiledLayer | None = None
+
+    def compile_for(self, target: Target) -> None:
+        """Be one call of the target's compiled kernels, if it has such and this is a layer that they know."""
+        attention: Any = self.attention
+        if target.kernels is None or target.config.model_type not in LIKE_LLAMA or attention is None:
+            return
+        mlp = [] if self.mlp is None else [self.mlp.gate, self.mlp.up, self.mlp.down]
+        norms = [self.norm_in] if self.norm_mid is None else [self.norm_in, self.norm_mid]
+        self._compiled = compiled_layer(target.kernels, attention, norms, mlp)
 
     def copy_from(self, layer: nn.Module) -> None:
         """Take what fits of a target's layer. Raises ConfigError for a feed-forward network of another kind, and for
@@ -172,6 +187,8 @@ class AdapterLayer(nn.Module):
 
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
+        if self._compiled is not None and cache is not None:
+            return self._target[0].run_compiled(self._compiled, int(self.attention.layer_idx), x, where, cache)  # type: ignore[union-attr,arg-type]
         if self.attention is not None:
             x = x + self._target[0].attend(self.attention, self.norm_in(x), where, cache)
         if self.mlp is not None:
