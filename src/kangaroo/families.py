@@ -47,5 +47,5 @@ def context_limit(config: Any) -> int:
         if settings.get("rope_type") == "longrope":
             limit = min(limit, int(settings.get("original_max_position_embeddings") or limit))
     if limit < LEAST_CONTEXT:
-        raise ModelError(f"a model's context is at least {LEAST_CONTEXT} tokens, got {limit}; its config.json is damaged")
+        raise ModelError(f"a model's context is at least {LEAST_CONTEXT} tokens, got {limit}; config.json is damaged")
     return limit
