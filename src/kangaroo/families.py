@@ -12,6 +12,8 @@ FAMILIES = frozenset(
     ernie4_5 mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3
     """.split()  # noqa: SIM905 (a list of 33 would take 33 lines)
 )
+LEAST_CONTEXT = 8
+"""Tokens that a model must be able to see to be tried at all."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families without layer types that look through `sliding_window` in every layer.
 WINDOWED_THROUGHOUT = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})
@@ -44,4 +46,6 @@ def context_limit(config: Any) -> int:
     for settings in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
         if settings.get("rope_type") == "longrope":
             limit = min(limit, int(settings.get("original_max_position_embeddings") or limit))
+    if limit < LEAST_CONTEXT:
+        raise ModelError(f"a model's context is at least {LEAST_CONTEXT} tokens, got {limit}; config.json is damaged")
     return limit

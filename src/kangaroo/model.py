@@ -21,6 +21,7 @@ from kangaroo.errors import ConfigError, ModelError
 from kangaroo.families import (
     FAMILIES,
     FULL,
+    LEAST_CONTEXT,
     LIKE_LLAMA,
     ROTARY_IN_SLIDING_LAYERS_ONLY,
     SLIDING,
@@ -39,7 +40,7 @@ from kangaroo.tree import Placement, place_chain, sequence
 from kangaroo.trial import Exactness
 from kangaroo.window import CacheWindow, Recorder
 
-TRIAL = 8  # tokens of the check at load time
+TRIAL = LEAST_CONTEXT  # tokens of the check at load time
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

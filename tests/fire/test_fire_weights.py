@@ -207,6 +207,8 @@ def test_weights_that_lack_a_tensor_are_not_made_up(copy: Path, refused: Refused
         {"num_hidden_layers": 9},
         {"vocab_size": -5},
         {"model_type": "nonsense"},
+        {"max_position_embeddings": 0},
+        {"max_position_embeddings": 7},
     ],
     ids=str,
 )
