@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kangaroo.decode import decode, start, step
-from kangaroo.drafters import find_drafter
+from kangaroo.drafters import chain, find_drafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.loading import load_model
 from kangaroo.model import Target
@@ -101,6 +101,28 @@ def test_a_round_reads_once_and_once_for_every_drafted_token(
         longest = max(longest, *done.drafted)
         assert found.total() <= 1 + max(done.drafted), found
     assert (longest > 0) == (name != "none")
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("name", "settings"), CHAINS, ids=["chain", "auto", "early-exit"])
+def test_where_reads_are_dear_a_round_reads_once(
+    target: Target,
+    name: str,
+    settings: dict[str, Any],
+    sampling: Sampling,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chain, "CHEAP_READS", ())
+    drafter, state = begin(target, name, settings, sampling, rows)
+    rounds, longest = decode(target, drafter, state), 0
+    for _ in range(6):
+        with Calls() as calls, reads(calls) as found:
+            done = next(rounds)
+        longest = max(longest, *done.drafted)
+        assert found == {"tolist": 1}
+    assert longest > 0
 
 
 def test_a_read_is_noticed() -> None:
