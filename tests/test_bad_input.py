@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import kangaroo.cache
 import kangaroo.model
 from kangaroo.decode import start
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
@@ -105,7 +106,7 @@ def test_no_requests_at_all() -> None:
 
 def test_a_batch_that_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused with the sizes, before any of it is allocated."""
-    monkeypatch.setattr(kangaroo.model, "available_bytes", lambda device: 40_000)
+    monkeypatch.setattr(kangaroo.cache, "available_bytes", lambda device: 40_000)
     allocated: list[object] = []
     monkeypatch.setattr(kangaroo.model, "KVCache", lambda *args: allocated.append(args))
     message = refusal(CapacityError, lambda: start(target("llama"), NoDrafter(), [Request([1] * 20, GREEDY, 50)] * 9))

@@ -6,8 +6,8 @@ than this is refused instead of decoded wrongly.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kangaroo.attention import OWN, make_steady
-from kangaroo.cache import KVCache, LayerShape, round_up
-from kangaroo.errors import CapacityError, ConfigError, ModelError
+from kangaroo.cache import KVCache, LayerShape, check_room, round_up
+from kangaroo.errors import ConfigError, ModelError
 from kangaroo.families import (
     FAMILIES,
     FULL,
@@ -25,12 +25,15 @@ from kangaroo.families import (
     ROTARY_IN_SLIDING_LAYERS_ONLY,
     SLIDING,
     context_limit,
+    embedding_scale,
     layer_kinds,
+    lengthened,
+    scale_logits,
 )
 from kangaroo.fingerprint import fingerprint, is_readable
 from kangaroo.fused import in_fewer_calls
+from kangaroo.graphs import Function, StaticPasses, Wanted, set_graphs
 from kangaroo.linears import count_weights
-from kangaroo.machine import available_bytes, human_bytes
 from kangaroo.norms import with_fused_norms
 from kangaroo.passes import Attention, Pass, computing
 from kangaroo.rotary import RotaryTables
@@ -50,10 +53,11 @@ class Target:
     ignores masks, NaN weights, or logits that differ from the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel, *, exact: bool = True, pack: bool = False):
+    def __init__(self, model: PreTrainedModel, *, exact: bool = True, pack: bool = False, graphs: Wanted = False):
         """`exact` has every pass give a token the same bits, where this machine can; without it, whatever is fastest.
 
         `pack` lets the model's linears be replaced by packed ones that keep no plain copy: for models nobody else uses.
+        `graphs` has passes over few tokens captured as CUDA graphs; "auto": where they can be.
         """
         self.model, self.config = model.eval(), model.config.get_text_config()
         self._refuse_what_cannot_work()
@@ -69,16 +73,21 @@ class Target:
         self._window = int(getattr(self.config, "sliding_window", None) or 0)
         self._embedding_scale: float = 1.0
         self._rotary = RotaryTables(base.rotary_emb, self.width, self.context, self.device)
-        self._way: Attention | None = None
+        self.way: Attention | None = None
+        """How attention is computed in passes with a cache; None leaves it to the model."""
+        self.static: StaticPasses | None = None
+        """Where passes over few tokens have fixed addresses; None: nowhere."""
         self._check()
         self.fingerprint, self.parameters = self._fingerprint(), count_weights(model)
         """What tells this target from others, equal in whatever precision it was loaded; how many weights it has."""
         self._threads = torch.get_num_threads()
         self._exactness = settle(self, exact=exact, pack=pack)
+        self.graphs = set_graphs(self, graphs)
+        """Whether passes are captured: "on", or "off" and why."""
 
     def compute_by(self, way: Attention | None) -> None:
         """Have passes with a cache take their attention this way; None leaves it to the model."""
-        self._way, self._head = way, self.model.lm_head
+        self.way, self._head = way, self.model.lm_head
         for layer in self.layers if way is not None else ():
             make_steady(layer.self_attn)
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
@@ -124,28 +133,45 @@ class Target:
         `taps` are layer counts; the second result holds the states [B, N, D] after that many layers. Without a cache
         the nodes attend to one another only, as in training.
         """
-        stop = self.num_layers if stop is None else stop
+        layers = range(start, self.num_layers if stop is None else stop)
+        inside = tuple(tap for tap in taps if tap - 1 in layers)
+        span = partial(self._span, layers, inside)
+        done, *tapped = self.in_place((layers, inside), span, x, where, cache) if layers else (x,)
         features = {start: x} if start in taps else {}
-        way = None if cache is None else self._way
-        past = None if cache is None else CacheWindow(cache, where, range(start, stop), _extent(where, way))
-        inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in set(self._kinds[start:stop])}
+        return done, features | dict(zip(inside, tapped, strict=True))
+
+    def _span(
+        self, layers: range, taps: Sequence[int], x: Tensor, where: Placement, cache: KVCache | None
+    ) -> list[Tensor]:
+        """What comes out of some layers, and the states after those in `taps`."""
+        way = None if cache is None else self.way
+        past = None if cache is None else CacheWindow(cache, where, layers, _extent(where, way))
+        inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in {self._kinds[index] for index in layers}}
+        features = {}
         with self._computing(where, way):
-            for index in range(start, stop):
+            for index in layers:
                 kind = self._kinds[index]
                 x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[kind])
                 if index + 1 in taps:
                     features[index + 1] = x.to(self.device)
-        return x.to(self.device), features
+        return [x.to(self.device), *(features[tap] for tap in taps)]
 
-    @contextmanager
-    def _computing(self, where: Placement, way: Attention | None) -> Iterator[None]:
+    def in_place(
+        self, name: Hashable, function: Function, x: Tensor, where: Placement | None, cache: KVCache | None
+    ) -> Sequence[Tensor]:
+        """function(x, where, cache), tensors [B, N, ...], at fixed addresses if passes like it have them.
+
+        `name` tells the function from others.
+        """
+        if self.static is None or x.dtype != self.dtype or not self.static.takes(x, where, cache):
+            return function(x, where, cache)
+        return self.static.run(name, function, x, None if where is None else self.prepare(where), cache)
+
+    def _computing(self, where: Placement, way: Attention | None) -> AbstractContextManager[None]:
         if way is None:
-            yield
-            return
+            return nullcontext()
         assert where.start is not None or not where.prompt, "prompts stand at the same positions in all rows"
-        one = Pass(way, where.start if where.prompt else None, self._paths(where, way))
-        with computing(one):
-            yield
+        return computing(Pass(way, where.start if where.prompt else None, self._paths(where, way)))
 
     def _paths(self, where: Placement, way: Attention) -> Tensor | None:
         if not where.branches:
@@ -158,9 +184,9 @@ class Target:
         """The same placement with masks and rotary embeddings made, for callers that run it slice by slice."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         for kind in set(self._kinds):
-            self._layer_inputs(kind, where, like, self._way)
-        if self._way is not None:
-            self._paths(where, self._way)
+            self._layer_inputs(kind, where, like, self.way)
+        if self.way is not None:
+            self._paths(where, self.way)
         return where
 
     def norm(self, x: Tensor) -> Tensor:
@@ -169,24 +195,22 @@ class Target:
 
     def logits(self, x: Tensor) -> Tensor:
         """The head alone, its scaling and soft-cap included: normed states [B, N, D] -> [B, N, V]."""
-        with computing(None if self._way is None else Pass(self._way)):
-            return self.scale_logits(self._head(x)).to(self.device)
+
+        def head(x: Tensor, *_: object) -> list[Tensor]:
+            with computing(None if self.way is None else Pass(self.way)):
+                return [self.scale_logits(self._head(x)).to(self.device)]
+
+        return self.in_place("head", head, x, None, None)[0]
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What the family does to the output of the head's matrix."""
-        if divisor := getattr(self.config, "logits_scaling", None):
-            logits = logits / divisor
-        if (factor := getattr(self.config, "logit_scale", None)) is not None:
-            logits = logits * factor
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return scale_logits(self.config, logits)
 
     def attend(self, attention: nn.Module, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """Run an attention module made by `new_attention` on normed states x [B, N, D]."""
         own = cast(int, attention.layer_idx)
         # Of a tree, the target's masks are in the order of paths; else they will do.
-        way = None if cache is None or where.branches else self._way
+        way = None if cache is None or where.branches else self.way
         past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
         inputs = self._layer_inputs(self.adapter_kind, where, x, way)
         with self._computing(where, way):
@@ -197,13 +221,7 @@ class Target:
 
         `place` counts such layers, from 0, behind the target's own.
         """
-        config, added = copy.deepcopy(self.config), place + 1
-        config.num_hidden_layers = self.num_layers + added
-        if getattr(config, "layer_types", None):
-            config.layer_types = [*config.layer_types[: self.num_layers], *[self.adapter_kind] * added]
-        for rope_switch in ("no_rope_layers", "no_rope_layer_interval"):
-            if isinstance(getattr(config, rope_switch, None), list):
-                setattr(config, rope_switch, [*getattr(config, rope_switch)[: self.num_layers], *[1] * added])
+        config = lengthened(self.config, self.num_layers, place + 1, self.adapter_kind)
         family: Any = type(self.layers[0].self_attn)
         made = family(config, layer_idx=self.num_layers + place)
         make_steady(made)
@@ -241,15 +259,8 @@ class Target:
 
         Raises CapacityError, before anything is allocated, if it cannot fit.
         """
-        shapes, block = [*self.shapes, *extra], 1 if self._way is None else self._way.block
-        for device in {shape.device for shape in shapes}:
-            needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * round_up(slots, block)
-            free = available_bytes(device)
-            if needed > free:
-                raise CapacityError(
-                    f"the KV cache of {batch} rows of {slots} tokens needs {human_bytes(needed)} on {device}, where "
-                    f"{human_bytes(free)} are free; use a smaller batch, shorter prompts or fewer max_tokens"
-                )
+        shapes, block = [*self.shapes, *extra], 1 if self.way is None else self.way.block
+        check_room(shapes, batch, slots, block)
         return KVCache(shapes, batch, slots, block)
 
     def _fingerprint(self) -> str:
@@ -334,7 +345,7 @@ class Target:
         wanted, first_input = self._own_forward(tokens)
         if not torch.isfinite(wanted).all():
             raise ModelError("the model's logits are not finite; its weights are too large for its precision")
-        self._embedding_scale = self._find_embedding_scale(tokens, first_input)
+        self._embedding_scale = embedding_scale(self.config, self._embedding(tokens), first_input)
         self.shapes = self._record_shapes(tokens)
         got = self._check_logits(tokens)
         return float((got - wanted).abs().mean() / wanted.abs().mean().clamp_min(1e-9))
@@ -351,15 +362,6 @@ class Target:
         finally:
             hook.remove()
         return logits, inputs[0]
-
-    def _find_embedding_scale(self, tokens: Tensor, first_input: Tensor) -> float:
-        # Granite scales by a setting; Gemma by sqrt(D), in the embedding module or after it depending on the release.
-        plain = self._embedding(tokens)
-        root = torch.tensor(self.width**0.5, dtype=plain.dtype)
-        for scale in (1.0, getattr(self.config, "embedding_multiplier", None), float(root)):
-            if scale is not None and torch.allclose(plain * scale, first_input, rtol=1e-2, atol=1e-6):
-                return float(scale)
-        raise ModelError(f"{self.config.model_type} models are not supported: their embedding is not scaled uniformly")
 
     def _record_shapes(self, tokens: Tensor) -> list[LayerShape]:
         recorder, where = Recorder(), sequence(1, tokens.shape[1], self.device)

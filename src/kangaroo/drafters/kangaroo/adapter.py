@@ -102,9 +102,12 @@ class Adapter(TrainedWeights):
 
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None = None) -> Tensor:
         """States after the exit layer [B, N, D] -> normed states [B, N, D] that `logits` reads."""
+        return self.target.in_place(self, self._through, x, where, cache)[0]
+
+    def _through(self, x: Tensor, where: Placement, cache: KVCache | None) -> list[Tensor]:
         for layer in self.layers:
             x = layer(x, where, cache)
-        return self.norm_out(x)  # type: ignore[no-any-return]
+        return [self.norm_out(x)]
 
     def logits(self, y: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, V], through the target's head or the adapter's own; [B, N, n] of a draft vocabulary."""
