@@ -107,15 +107,20 @@ class Capturing:
                     work()
         except RuntimeError as error:
             torch.cuda.set_stream(here)  # which torch leaves as it was during the capture
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"a pass could not be captured as a CUDA graph ({first}); load with graphs=False"
+                f"a pass could not be captured as a CUDA graph ({_in_short(error)}); load with graphs=False"
             ) from error
         return graph.replay
 
     def finish(self) -> None:
         """Wait until no replay is under way."""
         torch.cuda.current_stream(self._device).synchronize()
+
+
+def _in_short(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    first = error.__context__ or error  # ending a capture that has failed fails as well
+    return (str(first).strip() or type(first).__name__).splitlines()[0]
 
 
 class _Static:
@@ -267,8 +272,8 @@ def _trouble(target: Captured) -> str | None:
 def _try(target: Captured) -> str | None:
     """Why captured passes will not do; None if they give the bits that others give."""
     cache = target.new_cache(1, 4)
-    where = place_chain(torch.tensor([1], device=target.device), 2, 3)
-    x = target.embed(torch.tensor([[1, 2]], device=target.device) % target.vocab_size)
+    where = place_chain(torch.tensor([1], device=target.device), 3, 4)  # of which a fourth node is made
+    x = target.embed(torch.tensor([[1, 2, 3]], device=target.device) % target.vocab_size)
 
     def logits() -> Tensor:
         return target.logits(target.norm(target.run(x, where, cache)[0]))
@@ -278,5 +283,5 @@ def _try(target: Captured) -> str | None:
     try:
         found = [logits() for _ in range(3)]  # run aside, captured, replayed
     except (ModelError, RuntimeError) as error:
-        return str(error).splitlines()[0]
+        return f"capturing failed: {_in_short(error.__cause__ or error)}"
     return None if all(torch.equal(each, plain) for each in found) else "captured passes give other bits"
