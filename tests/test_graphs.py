@@ -213,7 +213,7 @@ def test_buffers_stay_and_results_are_copies(model: Target) -> None:
 
     cache = model.new_cache(1, 200)
     results = []
-    for length in (3, 9, 70, 71, 9):
+    for length in (3, 9, 70, 71, 9, 195, 140):
         x = torch.full((1, 3, model.width), float(length), dtype=model.dtype)
         where = place_chain(torch.tensor([length]), 3, length + 3, length)
         results.append(model.in_place("double", double, x, where, cache)[0])
@@ -221,11 +221,11 @@ def test_buffers_stay_and_results_are_copies(model: Target) -> None:
             torch.arange(given[-1].shape[-1]) <= torch.tensor([length, length + 1, length + 2, length + 2])[:, None]
         )
         assert torch.equal(given[-1][0, 0] == 0, wanted), "the fourth node stands in for the third"
-    assert [result[0, 0, 0].item() for result in results] == [6, 18, 140, 142, 18]
+    assert [result[0, 0, 0].item() for result in results] == [6, 18, 140, 142, 18, 390, 280]
     assert all(result.shape == (1, 3, model.width) for result in results)
     assert seen[0] == seen[1] == seen[4]
     assert seen[2] == seen[3] != seen[0]
-    assert [mask.shape[-1] for mask in given] == [64, 64, 128, 128, 64]
+    assert [mask.shape[-1] for mask in given] == [64, 64, 128, 128, 64, 256, 256]
 
 
 def test_few_are_kept(model: Target) -> None:

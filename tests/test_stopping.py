@@ -231,6 +231,20 @@ def test_a_long_draft_is_looked_at_now_and_then(threshold: float, monkeypatch: p
     assert longest <= ran <= min(40, longest + 3)
 
 
+def test_a_rule_hears_how_sure_the_drafter_was_of_every_token_and_of_no_padding() -> None:
+    heard = list[tuple[Sequence[int], list[int]]]()
+
+    class Listening(Threshold):
+        def observe(self, state: State, committed: Committed) -> None:
+            heard.append((committed.drafted, list(map(len, committed.confidences))))
+
+    model = target("llama")
+    generate(model, Kangaroo(model, None, EXIT, ChainConfig(), Listening(0.2)), requests(PROMPTS, GREEDY, 20))
+    rounds = heard[1:]  # the first is the prompts'
+    assert all(list(drafted) == confidences for drafted, confidences in rounds)
+    assert any(len(set(drafted)) > 1 for drafted, _ in rounds)
+
+
 # --- from the outside
 
 
