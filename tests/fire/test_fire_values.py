@@ -77,7 +77,7 @@ def test_an_absurd_max_draft_drafts_the_same_text() -> None:
 
 
 def test_what_does_not_fit_names_the_setting_that_asks_for_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kangaroo.model.available_bytes", lambda device: 100)
+    monkeypatch.setattr("kangaroo.cache.available_bytes", lambda device: 100)
     model = target("llama")
     drafter = Kangaroo(model, None, EXIT, ChainConfig(max_draft=10_000))
     with pytest.raises(CapacityError) as caught:
