@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import kangaroo.cache
 import kangaroo.model
 from kangaroo.decode import start
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig

@@ -134,17 +134,18 @@ def test_each_row_stops_after_its_own_first_unsure_token_which_stays_in_the_draf
     drafter = chain(model, threshold, max_draft=5)
     state, seen = start(model, drafter, requests(PROMPTS, GREEDY, 30)), set()
     for _ in range(8):
-        draft = drafter.draft(state)
+        draft, reasons = drafter.draft(state), list[Stop]()
         for row in range(3):
             drafted = int(draft.valid[row, 1:].sum())
             assert draft.valid[row, : drafted + 1].all()
             text = torch.cat([state.tokens[row, : state.lengths[row]], draft.tokens[row, : drafted + 1]])
             sure = top_probability(from_scratch(model, text)[1])[state.lengths[row] : -1] >= threshold
             assert sure[:-1].all()
-            assert draft.stops[row] is (Stop.CONFIDENCE if not sure[-1] else Stop.LENGTH)
+            reasons.append(Stop.CONFIDENCE if not sure[-1] else Stop.LENGTH)
             assert drafted == 5 or not sure[-1]
             seen.add(drafted)
-        step(model, drafter, state)
+        done = step(model, drafter, state)
+        assert done.stops == tuple(reasons)
     assert len(seen) > 2, "rows should stop at different lengths"
 
 

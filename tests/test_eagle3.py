@@ -237,15 +237,16 @@ def test_a_chain_stops_after_a_token_it_was_unsure_of() -> None:
     with torch.inference_mode():
         state = start(model, drafter, requests(PROMPTS[::2], GREEDY, 24))
         for _ in range(4):
-            draft = drafter.draft(state)
+            draft, unsure = drafter.draft(state), []
             for row in range(2):
                 drafted = draft.tokens[row, 1:][draft.valid[row, 1:]].tolist()
                 text = text_of(state, row)
                 sure = [float(reference.logits(text, drafted[:k]).softmax(0).max()) for k in range(len(drafted))]
                 assert all(value >= threshold for value in sure[:-1])
-                assert (draft.stops[row] is Stop.CONFIDENCE) == (sure[-1] < threshold)
-                stops.add(draft.stops[row])
-            step(model, drafter, state)
+                unsure.append(sure[-1] < threshold)
+            done = step(model, drafter, state)
+            assert [stop is Stop.CONFIDENCE for stop in done.stops] == unsure
+            stops.update(done.stops)
     assert stops >= {Stop.CONFIDENCE, Stop.LENGTH}
 
 

@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kangaroo.model
 from kangaroo.decode import decode, start, step
-from kangaroo.drafters import find_drafter
+from kangaroo.drafters import chain, find_drafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.loading import load_model
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.state import Request, State
+from kangaroo.tree import Placement
 from little_model import ADAPTER, TARGET
 from oracle import EVERYTHING, GREEDY, GREEDY_PENALISED
 
@@ -103,6 +105,28 @@ def test_a_round_reads_once_and_once_for_every_drafted_token(
     assert (longest > 0) == (name != "none")
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("name", "settings"), CHAINS, ids=["chain", "auto", "early-exit"])
+def test_where_reads_are_dear_a_round_reads_once(
+    target: Target,
+    name: str,
+    settings: dict[str, Any],
+    sampling: Sampling,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chain, "CHEAP_READS", ())
+    drafter, state = begin(target, name, settings, sampling, rows)
+    rounds, longest = decode(target, drafter, state), 0
+    for _ in range(6):
+        with Calls() as calls, reads(calls) as found:
+            done = next(rounds)
+        longest = max(longest, *done.drafted)
+        assert found == {"tolist": 1}
+    assert longest > 0
+
+
 def test_a_read_is_noticed() -> None:
     x = torch.arange(4)
     with Calls() as calls, reads(calls) as found, torch.inference_mode():
@@ -130,12 +154,12 @@ def test_calls_into_torch(name: str, settings: dict[str, Any], most: int) -> Non
 
 def test_masks_are_built_once_a_round(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, state = begin(target, "early-exit", {"max_draft": 5, "threshold": 0.0})
-    made, plain = [], Target._attention_mask
+    made, plain = [], kangaroo.model.attention_mask
 
-    def counted(self: Target, kind: str, *rest: Any) -> torch.Tensor:
-        made.append(kind)
-        return plain(self, kind, *rest)
+    def counted(where: Placement, *rest: Any) -> torch.Tensor:
+        made.append(where)
+        return plain(where, *rest)
 
-    monkeypatch.setattr(Target, "_attention_mask", counted)
+    monkeypatch.setattr(kangaroo.model, "attention_mask", counted)
     assert step(target, drafter, state).drafted == [5]
-    assert made == ["full_attention"]
+    assert len(made) == 1

@@ -211,6 +211,7 @@ def test_rows_that_memory_has_no_room_for_wait(monkeypatch: pytest.MonkeyPatch) 
     while not first.ended:
         scheduler.step()
         assert second.seated is None
+    monkeypatch.undo()
     play(scheduler, [], random.Random(0))
     for one in (first, second):
         check(model, one)

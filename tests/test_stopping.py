@@ -1,6 +1,8 @@
 """When chains stop: calibrated confidences, and drafting on only while it pays."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,18 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chat_model import save_chat_model
-from kangaroo.decode import start
+from kangaroo.decode import Round, collect, decode, start, step
 from kangaroo.decoder import load
+from kangaroo.drafters import chain
 from kangaroo.drafters.chain import Threshold
 from kangaroo.drafters.kangaroo.calibration import Calibration, calibrate
 from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
 from kangaroo.errors import AdapterError, ConfigError
 from kangaroo.sampling import Sampling
-from kangaroo.state import Committed, State
+from kangaroo.state import Committed, Request, State
 from kangaroo.tree import Stop, place_chain
-from oracle import GREEDY
-from runs import CALIBRATION, PROMPTS, drive, generate, requests
+from oracle import EVERYTHING, GREEDY, oracle
+from runs import CALIBRATION, DRAFTERS, PROMPTS, drive, generate, requests
 from tiny import EXIT, make_adapter, target
 
 # --- calibration
@@ -62,10 +65,9 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
 # --- the rule
 
 
-def logits_of(confidences: list[float]) -> torch.Tensor:
-    """[B, 1, 3] logits whose best token has these probabilities."""
-    rest = [(1 - c) / 2 for c in confidences]
-    return torch.tensor([[[c, r, r]] for c, r in zip(confidences, rest, strict=True)], dtype=torch.float64).log()
+def goes_on(rule: CostAware, *confidences: float) -> list[bool]:
+    """What the rule says of rows whose newest tokens were drafted with these confidences."""
+    return rule.go_on(torch.tensor(confidences, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
 
 
 def two_rows() -> State:
@@ -73,11 +75,17 @@ def two_rows() -> State:
     return start(model, Kangaroo(model, None, EXIT, ChainConfig()), requests(PROMPTS[:2], GREEDY, 9))
 
 
-def round_over(state: State, rule: CostAware, emitted: list[int], drafted: list[int]) -> None:
+def round_over(
+    state: State,
+    rule: CostAware,
+    emitted: list[int],
+    drafted: list[int],
+    confidences: tuple[list[float], ...] = ([], []),
+) -> None:
     count = torch.tensor(emitted)
     where = place_chain(state.lengths, 1, state.longest + 1)
     text = [[0] * n for n in emitted]
-    rule.observe(state, Committed(state.pending, where, count, {}, torch.zeros(2, 1), text, drafted))
+    rule.observe(state, Committed(state.pending, where, count, {}, torch.zeros(2, 1), text, drafted, (), confidences))
 
 
 @torch.inference_mode()
@@ -86,13 +94,13 @@ def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
     state = two_rows()
     rule = CostAware(CALIBRATION, DraftCosts(token=0.3), longest=6)
     assert rule.begin(state) == [True, True]  # 0.6 > 0.3 x 1
-    assert rule.go_on(logits_of([0.9, 0.5])) == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
-    assert rule.go_on(logits_of([0.9, 0.9])) == [True, False]  # 0.81 x 0.6
-    round_over(state, rule, [3, 1], [2, 2])
+    assert goes_on(rule, 0.9, 0.5) == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
+    assert goes_on(rule, 0.9, 0.9) == [True, False]  # 0.81 x 0.6
+    round_over(state, rule, [3, 1], [2, 2], ([0.9, 0.9], [0.5, 0.9]))
     # The first row emitted 3 for 1.6 steps: its rate is (4 + 3) / (4 + 1.6), and drafting has to beat it.
     rule.begin(state)
     # It kept 2 of a promised 1.8 tokens, the second none of a promised 0.5: chances there count (4 + 0) / (4 + 0.5).
-    assert rule.go_on(logits_of([0.7, 0.7])) == [
+    assert goes_on(rule, 0.7, 0.7) == [
         0.7 * 0.6 > 0.3 * 1.25,
         0.7 * 0.6 * (4 / 4.5) ** 2 > 0.3 * 5 / 5.6,
     ]
@@ -144,8 +152,97 @@ def test_dearer_drafts_are_shorter() -> None:
     assert drafted(0.02) > drafted(0.2) > drafted(0.6)
 
 
-def test_a_threshold_of_zero_never_stops() -> None:
-    assert Threshold(0.0).go_on(logits_of([0.34, 1.0])) == [True, True]
+def test_a_threshold_of_zero_does_not_look() -> None:
+    assert not Threshold(0.0).looks
+    assert Threshold(0.5).looks
+    assert Threshold(0.5).go_on(torch.tensor([0.49, 0.5, 1.0])).tolist() == [False, True, True]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(0, 99))
+def test_chances_are_the_same_to_the_last_bit_wherever_they_are_looked_up(looked_up: list[float], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(50, generator=random, dtype=torch.float64)
+    curve = calibrate(confidence.tolist(), (torch.rand(50, generator=random) < confidence).tolist())
+    looked_up += curve.confidence
+    assert curve.chances(torch.tensor(looked_up, dtype=torch.float64)).tolist() == [curve.chance(c) for c in looked_up]
+
+
+# --- where a look is dear
+
+
+CHAINS = [
+    "kangaroo",
+    "kangaroo-auto",
+    "kangaroo-deep",
+    "early-exit",
+    "kangaroo+lookup",
+    "kangaroo+lookup-of-few",
+    "eagle3",
+]
+HOT = Sampling(temperature=0.8, top_p=0.95, seed=3)
+
+
+def rounds_of(name: str, prompts: Sequence[Sequence[int]], sampling: Sampling, rule: str) -> list[Round]:
+    model = target("llama")
+    drafter = DRAFTERS[name](model)
+    state = start(model, drafter, [Request(p, sampling, 24 + 3 * i) for i, p in enumerate(prompts)], rule=rule)
+    return [replace(done, draft_seconds=0, verify_seconds=0) for done in decode(model, drafter, state)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("sampling", "rule"), [(GREEDY, "match"), (EVERYTHING, "match"), (HOT, "reject")])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_draft_is_the_same_whether_or_not_the_host_looks(
+    name: str, sampling: Sampling, rule: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round by round: what was drafted, what was emitted, and why drafting stopped."""
+    looking = rounds_of(name, PROMPTS[-rows:], sampling, rule)
+    monkeypatch.setattr(chain, "CHEAP_READS", ())
+    blind = rounds_of(name, PROMPTS[-rows:], sampling, rule)
+    assert blind == looking
+    assert len({drafted for done in blind for drafted in done.drafted}) > (rows > 1)
+    if rule == "match":
+        texts = collect(iter(blind), rows)
+        for i, (text, prompt) in enumerate(zip(texts, PROMPTS[-rows:], strict=True)):
+            assert text == oracle(target("llama").model, prompt, sampling, 24 + 3 * i)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.9, 1.0])
+def test_a_long_draft_is_looked_at_now_and_then(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = target("llama"), PROMPTS[0]
+    config = ChainConfig(max_draft=40, threshold=threshold)
+
+    def rounds() -> tuple[list[Round], int]:
+        drafter = Kangaroo(model, make_adapter(model), EXIT, config)
+        state, steps = start(model, drafter, requests([prompt], GREEDY, 50)), 0
+        found = []
+        while state.running:
+            with torch.inference_mode():
+                nodes = drafter.draft(state).tokens.shape[1]
+            steps = max(steps, nodes - 1)
+            found.append(replace(step(model, drafter, state), draft_seconds=0, verify_seconds=0))
+        return found, steps
+
+    monkeypatch.setattr(chain, "BLIND", 4)
+    looking, longest = rounds()
+    monkeypatch.setattr(chain, "CHEAP_READS", ())
+    blind, ran = rounds()
+    assert blind == looking
+    assert longest <= ran <= min(40, longest + 3)
+
+
+def test_a_rule_hears_how_sure_the_drafter_was_of_every_token_and_of_no_padding() -> None:
+    heard = list[tuple[Sequence[int], list[int]]]()
+
+    class Listening(Threshold):
+        def observe(self, state: State, committed: Committed) -> None:
+            heard.append((committed.drafted, list(map(len, committed.confidences))))
+
+    model = target("llama")
+    generate(model, Kangaroo(model, None, EXIT, ChainConfig(), Listening(0.2)), requests(PROMPTS, GREEDY, 20))
+    rounds = heard[1:]  # the first is the prompts'
+    assert all(list(drafted) == confidences for drafted, confidences in rounds)
+    assert any(len(set(drafted)) > 1 for drafted, _ in rounds)
 
 
 # --- from the outside

@@ -6,6 +6,7 @@ simply does not grow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -42,12 +43,12 @@ class KVCache:
 
     def __init__(self, shapes: Sequence[LayerShape], batch: int, slots: int, block: int = 1):
         """`slots` are for tokens; storage is rounded up to whole blocks, for attention that reads nothing less."""
-        self.slots, self._held, self._block = slots, batch, block
+        self.slots, self._held, self.block = slots, batch, block
         # Layers of one shape share a tensor [L, B, heads, S, dim], so that one call makes views of them all.
         self._storage: list[tuple[range, Tensor, Tensor]] = []
         for shape, alike in groupby(range(len(shapes)), key=shapes.__getitem__):
             layers = list(alike)
-            size, dims = (len(layers), batch, shape.heads, round_up(slots, block)), (shape.key_dim, shape.value_dim)
+            size, dims = (len(layers), batch, shape.heads, self.stored), (shape.key_dim, shape.value_dim)
             keys, values = (torch.zeros(*size, dim, dtype=shape.dtype, device=shape.device) for dim in dims)
             self._storage.append((range(layers[0], layers[-1] + 1), keys, values))
         self._open(batch)
@@ -58,7 +59,14 @@ class KVCache:
         self._keys = [layer for _, keys, _ in self._stacks for layer in keys]
         self._values = [layer for _, _, values in self._stacks for layer in values]
         self._visible: tuple[int, Views] = 0, {}
-        self._rows = {keys.device: torch.arange(batch, device=keys.device) for _, keys, _ in self._stacks}
+        self._rows = {keys.device: _every_row(batch, keys.device) for _, keys, _ in self._stacks}
+        # By address and shape: other numbers where storage is not what it was.
+        self.layout = tuple((tensor.data_ptr(), *tensor.shape) for _, *pair in self._storage for tensor in pair)
+
+    @property
+    def stored(self) -> int:
+        """Slots of a row that there is storage for: whole blocks."""
+        return round_up(self.slots, self.block)
 
     def arrange(self, rows: Sequence[int], slots: int, length: int, reserve: int = 0) -> None:
         """From now on row i is the one that was rows[i] (-1: a new one), and each has `slots` slots or more.
@@ -87,12 +95,12 @@ class KVCache:
 
     def _larger(self, store: Tensor) -> Tensor:
         layers, _, heads, _, dim = store.shape
-        return store.new_zeros(layers, self._held, heads, round_up(self.slots, self._block), dim)
+        return store.new_zeros(layers, self._held, heads, self.stored, dim)
 
     def _check_growth(self, held: int, slots: int) -> None:
         for device in {keys.device for _, keys, _ in self._storage}:
             sizes = [s.numel() * s.itemsize for _, *pair in self._storage for s in pair if s.device == device]
-            factor = held * round_up(slots, self._block) / (self._held * round_up(self.slots, self._block))
+            factor = held * round_up(slots, self.block) / (self._held * self.stored)
             # Old storage goes piece by piece as new is made.
             needed, free = int(sum(sizes) * (factor - 1) + max(sizes)), available_bytes(device)
             if needed > free:
@@ -160,8 +168,8 @@ class KVCache:
             slots[:, batch, destination.to(slots.device)] = slots[:, batch, source.to(slots.device)]
 
 
-def need_room(shapes: Sequence[LayerShape], batch: int, slots: int, block: int) -> None:
-    """Raise CapacityError unless layers of these shapes have room for so many rows, of whole blocks of slots."""
+def check_room(shapes: Sequence[LayerShape], batch: int, slots: int, block: int) -> None:
+    """Raise CapacityError if a KVCache of these layers would not fit in memory."""
     for device in {shape.device for shape in shapes}:
         needed = sum(s.bytes_per_slot for s in shapes if s.device == device) * batch * round_up(slots, block)
         free = available_bytes(device)
@@ -170,6 +178,13 @@ def need_room(shapes: Sequence[LayerShape], batch: int, slots: int, block: int) 
                 f"the KV cache of {batch} rows of {slots} tokens needs {human_bytes(needed)} on {device}, where "
                 f"{human_bytes(free)} are free; use a smaller batch, shorter prompts or fewer max_tokens"
             )
+
+
+@cache
+def _every_row(batch: int, device: torch.device) -> Tensor:
+    """[B] their numbers. Never freed, as captured graphs read it where it lies."""
+    with torch.inference_mode(False):
+        return torch.arange(batch, device=device)
 
 
 def round_up(count: int, step: int) -> int:

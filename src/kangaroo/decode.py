@@ -178,7 +178,7 @@ def step(target: Target, drafter: Drafter, state: State) -> Round:
     logprobs = _logprobs(draft, logits, verdict, state)
     committed = state.commit(draft, verdict, features)
     drafter.observe(state, committed)
-    done = _summary(draft, committed, state, logprobs)
+    done = _summary(committed, state, logprobs)
     return replace(done, draft_seconds=drafted - began, verify_seconds=time.perf_counter() - drafted)
 
 
@@ -213,11 +213,11 @@ def place_draft(draft: Draft, state: State) -> Placement:
     return draft.where or state.place(draft.tokens.shape[1], None if draft.is_chain else draft.parents)
 
 
-def _summary(draft: Draft, committed: Committed, state: State, logprobs: list[list[TokenLogprobs]] | None) -> Round:
+def _summary(committed: Committed, state: State, logprobs: list[list[TokenLogprobs]] | None) -> Round:
     # What was committed begins with the token that was pending; what is pending now was emitted last.
     rows = zip(committed.text, state.rows, strict=True)
     emitted = [[*text[1:], row.pending] if text else [] for text, row in rows]
-    return Round(emitted, list(committed.drafted), draft.stops, logprobs)
+    return Round(emitted, list(committed.drafted), committed.stops, logprobs)
 
 
 def collect(rounds: Iterable[Round], rows: int) -> list[list[int]]:

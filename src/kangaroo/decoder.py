@@ -225,6 +225,7 @@ def load(
     pack: bool | None = None,
     compile: bool = False,
     threads: int | Literal["auto"] | None = None,
+    graphs: bool | Literal["auto"] = False,
     **settings: Any,
 ) -> Decoder:
     """A Decoder for a model: "demo" (SmolLM2-135M-Instruct), a folder, a hub name, or a model already loaded.
@@ -239,16 +240,15 @@ def load(
     the same bits with drafts and without, for what that costs (docs/speed.md). `pack` has linears keep their weights in
     the order in which a CPU reads them, and in no other; by default, where the model is loaded here. `compile` has them
     and whole layers computed by kernels that are compiled for this processor, once, which needs a C++ compiler.
-    `threads` sets how many torch computes with, in this whole process: "auto" tries, None leaves that alone.
+    `threads` sets how many torch computes with, in this whole process: "auto" tries, None leaves that alone. `graphs`
+    has passes over few tokens run as CUDA graphs: "auto" where that can be done with the same bits, True there or not
+    at all.
 
     Raises ConfigError, ModelError, AdapterError or DataError.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     choose_drafter(drafter, given)  # a mistake should not wait for the model to load
-    files: dict[str, str | Path] = {name: given.pop(name) for name in FILES if name in given}
-    files |= {} if adapter is None else {"adapter": adapter}
-    if str(model) == demo.NAME:
-        files = demo.FILES | files
+    files = _take_files(given, adapter, bundled=demo.FILES if str(model) == demo.NAME else {})
     options = {"revision": revision, "attn_implementation": attn_implementation}
     options = {name: value for name, value in options.items() if value is not None}
     if isinstance(model, PreTrainedModel):
@@ -260,10 +260,19 @@ def load(
     if tokenizer is None or isinstance(tokenizer, str | Path):
         name = tokenizer or loaded.config._name_or_path
         tokenizer = load_tokenizer(name, revision if tokenizer is None else None, trust_remote_code=trust_remote_code)
-    target = Target(loaded, exact=exact, pack=loaded is not model if pack is None else pack, compile=compile)
+    pack = loaded is not model if pack is None else pack
+    target = Target(loaded, exact=exact, pack=pack, compile=compile, graphs=graphs)
     own = Tokenizer(tokenizer)
     plain = Decoder(target, NoDrafter, own, end_tokens(loaded), files, allow_other_target=allow_other_target)
     return plain.with_drafter(drafter, **given)
+
+
+def _take_files(
+    given: dict[str, Any], adapter: str | Path | None, bundled: Mapping[str, str | Path]
+) -> dict[str, str | Path]:
+    """The files that settings name, taken out of these, and those that come with the model where none are named."""
+    named: dict[str, str | Path] = {name: given.pop(name) for name in FILES if name in given}
+    return {**bundled, **named, **({} if adapter is None else {"adapter": adapter})}
 
 
 def _refuse(chosen: Mapping[str, Any]) -> None:

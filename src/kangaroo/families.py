@@ -1,6 +1,10 @@
 """Families of models: which are run exactly, and what their configurations say of layers and context."""
 
+import copy
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from kangaroo.errors import ModelError
 
@@ -49,3 +53,39 @@ def context_limit(config: Any) -> int:
     if limit < LEAST_CONTEXT:
         raise ModelError(f"a model's context is at least {LEAST_CONTEXT} tokens, got {limit}; config.json is damaged")
     return limit
+
+
+def scale_logits(config: Any, logits: Tensor) -> Tensor:
+    """What a family does to the output of its head's matrix."""
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def embedding_scale(config: Any, plain: Tensor, scaled: Tensor) -> float:
+    """By how much a family multiplies its embeddings [B, N, D], seen what its first layer gets.
+
+    Raises ModelError if it does anything else.
+    """
+    # Granite scales by a setting; Gemma by sqrt(D), in the embedding module or after it depending on the release.
+    root = torch.tensor(plain.shape[-1] ** 0.5, dtype=plain.dtype)
+    for scale in (1.0, getattr(config, "embedding_multiplier", None), float(root)):
+        if scale is not None and torch.allclose(plain * scale, scaled, rtol=1e-2, atol=1e-6):
+            return float(scale)
+    raise ModelError(f"{config.model_type} models are not supported: their embedding is not scaled uniformly")
+
+
+def lengthened(config: Any, layers: int, added: int, kind: str) -> Any:
+    """The configuration of a model of so many layers with some more, whose attention is of this kind."""
+    longer = copy.deepcopy(config)
+    longer.num_hidden_layers = layers + added
+    if getattr(longer, "layer_types", None):
+        longer.layer_types = [*longer.layer_types[:layers], *[kind] * added]
+    for rope_switch in ("no_rope_layers", "no_rope_layer_interval"):
+        if isinstance(getattr(longer, rope_switch, None), list):
+            setattr(longer, rope_switch, [*getattr(longer, rope_switch)[:layers], *[1] * added])
+    return longer

@@ -6,8 +6,8 @@ than this is refused instead of decoded wrongly.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kangaroo.attention import OWN, make_steady
-from kangaroo.cache import KVCache, LayerShape, need_room, round_up
+from kangaroo.cache import KVCache, LayerShape, check_room
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.families import (
     FAMILIES,
@@ -26,10 +26,14 @@ from kangaroo.families import (
     ROTARY_IN_SLIDING_LAYERS_ONLY,
     SLIDING,
     context_limit,
+    embedding_scale,
     layer_kinds,
+    lengthened,
+    scale_logits,
 )
 from kangaroo.fingerprint import fingerprint, is_readable
 from kangaroo.fused import in_fewer_calls
+from kangaroo.graphs import Function, StaticPasses, Wanted, set_graphs
 from kangaroo.kernels import CompiledLayer, Kernels, Seen
 from kangaroo.linears import count_weights
 from kangaroo.norms import with_fused_norms
@@ -38,7 +42,7 @@ from kangaroo.rotary import RotaryTables
 from kangaroo.settle import settle
 from kangaroo.tree import Placement, place_chain, sequence
 from kangaroo.trial import Exactness
-from kangaroo.window import CacheWindow, Recorder
+from kangaroo.window import CacheWindow, Recorder, attention_mask, extent
 
 TRIAL = LEAST_CONTEXT  # tokens of the check at load time
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,11 +55,20 @@ class Target:
     ignores masks, NaN weights, or logits that differ from the model's own.
     """
 
-    def __init__(self, model: PreTrainedModel, *, exact: bool = True, pack: bool = False, compile: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        exact: bool = True,
+        pack: bool = False,
+        compile: bool = False,
+        graphs: Wanted = False,
+    ):
         """`exact` has every pass give a token the same bits, where this machine can; without it, whatever is fastest.
 
-        `pack` lets the model's linears be replaced by packed ones that keep no plain copy: for models nobody else uses.
-        `compile` packs them for kernels that are compiled for this processor. Raises ConfigError if they cannot be.
+        `pack` lets the model's linears be replaced by packed ones that keep no plain copy: for models nobody else uses;
+        `compile` packs them for kernels that are compiled for this processor. `graphs` has passes over few tokens
+        captured as CUDA graphs; "auto": where they can be. Raises ConfigError if something cannot be had.
         """
         self.model, self.config = model.eval(), model.config.get_text_config()
         self._refuse_what_cannot_work()
@@ -71,7 +84,10 @@ class Target:
         self._window = int(getattr(self.config, "sliding_window", None) or 0)
         self._embedding_scale: float = 1.0
         self._rotary = RotaryTables(base.rotary_emb, self.width, self.context, self.device)
-        self._way: Attention | None = None
+        self.way: Attention | None = None
+        """How attention is computed in passes with a cache; None leaves it to the model."""
+        self.static: StaticPasses | None = None
+        """Where passes over few tokens have fixed addresses; None: nowhere."""
         self.kernels = Kernels(self.dtype, self.device) if compile else None
         """Compiled for this target's linears and layers, if that was asked for."""
         self._check()
@@ -79,10 +95,12 @@ class Target:
         """What tells this target from others, equal in whatever precision it was loaded; how many weights it has."""
         self._threads = torch.get_num_threads()
         self._exactness = settle(self, exact=exact, pack=pack)
+        self.graphs = set_graphs(self, graphs)
+        """Whether passes are captured: "on", or "off" and why."""
 
     def compute_by(self, way: Attention | None) -> None:
         """Have passes with a cache take their attention this way; None leaves it to the model."""
-        self._way, self._head = way, self.model.lm_head
+        self.way, self._head = way, self.model.lm_head
         for layer in self.layers if way is not None else ():
             make_steady(layer.self_attn)
         self._run_as = [with_fused_norms(layer) for layer in self.layers]
@@ -128,43 +146,60 @@ class Target:
         `taps` are layer counts; the second result holds the states [B, N, D] after that many layers. Without a cache
         the nodes attend to one another only, as in training.
         """
-        stop = self.num_layers if stop is None else stop
+        layers = range(start, self.num_layers if stop is None else stop)
+        inside = tuple(tap for tap in taps if tap - 1 in layers)
+        span = partial(self._span, layers, inside)
+        done, *tapped = self.in_place((layers, inside), span, x, where, cache) if layers else (x,)
         features = {start: x} if start in taps else {}
-        way = None if cache is None else self._way
-        past = None if cache is None else CacheWindow(cache, where, range(start, stop), _extent(where, way))
-        inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in set(self._kinds[start:stop])}
+        return done, features | dict(zip(inside, tapped, strict=True))
+
+    def _span(
+        self, layers: range, taps: Sequence[int], x: Tensor, where: Placement, cache: KVCache | None
+    ) -> list[Tensor]:
+        """What comes out of some layers, and the states after those in `taps`."""
+        way = None if cache is None else self.way
+        past = None if cache is None else CacheWindow(cache, where, layers, extent(where, way))
+        inputs = {kind: self._layer_inputs(kind, where, x, way) for kind in {self._kinds[index] for index in layers}}
+        features = {}
         with self._computing(where, way):
-            for index in range(start, stop):
+            for index in layers:
                 kind = self._kinds[index]
                 x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[kind])
                 if index + 1 in taps:
                     features[index + 1] = x.to(self.device)
-        return x.to(self.device), features
+        return [x.to(self.device), *(features[tap] for tap in taps)]
 
-    @contextmanager
-    def _computing(self, where: Placement, way: Attention | None) -> Iterator[None]:
+    def in_place(
+        self, name: Hashable, function: Function, x: Tensor, where: Placement | None, cache: KVCache | None
+    ) -> Sequence[Tensor]:
+        """function(x, where, cache), tensors [B, N, ...], at fixed addresses if passes like it have them.
+
+        `name` tells the function from others.
+        """
+        if self.static is None or x.dtype != self.dtype or not self.static.takes(x, where, cache):
+            return function(x, where, cache)
+        return self.static.run(name, function, x, None if where is None else self.prepare(where), cache)
+
+    def _computing(self, where: Placement, way: Attention | None) -> AbstractContextManager[None]:
         if way is None:
-            yield
-            return
+            return nullcontext()
         assert where.start is not None or not where.prompt, "prompts stand at the same positions in all rows"
-        one = Pass(way, where.start if where.prompt else None, self._paths(where, way))
-        with computing(one):
-            yield
+        return computing(Pass(way, where.start if where.prompt else None, self._paths(where, way)))
 
     def _paths(self, where: Placement, way: Attention) -> Tensor | None:
         if not where.branches:
             return None
         if "paths" not in where.derived:
-            where.derived["paths"] = (where.paths(_extent(where, way)),)
+            where.derived["paths"] = (where.paths(extent(where, way)),)
         return where.derived["paths"][0]
 
     def prepare(self, where: Placement) -> Placement:
         """The same placement with masks and rotary embeddings made, for callers that run it slice by slice."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         for kind in set(self._kinds):
-            self._layer_inputs(kind, where, like, self._way)
-        if self._way is not None:
-            self._paths(where, self._way)
+            self._layer_inputs(kind, where, like, self.way)
+        if self.way is not None:
+            self._paths(where, self.way)
         return where
 
     def norm(self, x: Tensor) -> Tensor:
@@ -173,32 +208,30 @@ class Target:
 
     def logits(self, x: Tensor) -> Tensor:
         """The head alone, its scaling and soft-cap included: normed states [B, N, D] -> [B, N, V]."""
-        with computing(None if self._way is None else Pass(self._way)):
-            return self.scale_logits(self._head(x)).to(self.device)
+
+        def head(x: Tensor, *_: object) -> list[Tensor]:
+            with computing(None if self.way is None else Pass(self.way)):
+                return [self.scale_logits(self._head(x)).to(self.device)]
+
+        return self.in_place("head", head, x, None, None)[0]
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What the family does to the output of the head's matrix."""
-        if divisor := getattr(self.config, "logits_scaling", None):
-            logits = logits / divisor
-        if (factor := getattr(self.config, "logit_scale", None)) is not None:
-            logits = logits * factor
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return scale_logits(self.config, logits)
 
     def attend(self, attention: nn.Module, x: Tensor, where: Placement, cache: KVCache | None) -> Tensor:
         """Run an attention module made by `new_attention` on normed states x [B, N, D]."""
         own = cast(int, attention.layer_idx)
         # Of a tree, the target's masks are in the order of paths; else they will do.
-        way = None if cache is None or where.branches else self._way
-        past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), _extent(where, way))
+        way = None if cache is None or where.branches else self.way
+        past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), extent(where, way))
         inputs = self._layer_inputs(self.adapter_kind, where, x, way)
         with self._computing(where, way):
             return attention(x, past_key_values=past, **inputs)[0]  # type: ignore[no-any-return]
 
     def run_compiled(self, layer: CompiledLayer, place: int, x: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """Run a compiled layer of a drafter's on x [B, N, D]; its keys and values are the cache's layer `place`."""
-        way = None if where.branches else self._way
+        way = None if where.branches else self.way
         inputs = self._layer_inputs(self.adapter_kind, where, x, way)
         seen = Seen(where.slots, where.rows, inputs["attention_mask"], inputs["position_embeddings"], None)
         return layer(x, seen, *cache.layer(place))
@@ -208,13 +241,7 @@ class Target:
 
         `place` counts such layers, from 0, behind the target's own.
         """
-        config, added = copy.deepcopy(self.config), place + 1
-        config.num_hidden_layers = self.num_layers + added
-        if getattr(config, "layer_types", None):
-            config.layer_types = [*config.layer_types[: self.num_layers], *[self.adapter_kind] * added]
-        for rope_switch in ("no_rope_layers", "no_rope_layer_interval"):
-            if isinstance(getattr(config, rope_switch, None), list):
-                setattr(config, rope_switch, [*getattr(config, rope_switch)[: self.num_layers], *[1] * added])
+        config = lengthened(self.config, self.num_layers, place + 1, self.adapter_kind)
         family: Any = type(self.layers[0].self_attn)
         made = family(config, layer_idx=self.num_layers + place)
         make_steady(made)
@@ -241,19 +268,18 @@ class Target:
         recorder, like = Recorder(), next(attention.parameters(), None)  # none if it is packed
         dtype, device = (self.dtype, self.device) if like is None else (like.dtype, like.device)
         x = torch.zeros(1, 1, self.width, dtype=dtype, device=device)
-        where = sequence(1, 1, device)
+        inputs = self._layer_inputs(self.adapter_kind, sequence(1, 1, device), x)
         with torch.no_grad():
-            attention(x, past_key_values=recorder, **self._layer_inputs(self.adapter_kind, where, x))
-        (shape,) = recorder.shapes.values()
-        return shape
+            attention(x, past_key_values=recorder, **inputs)
+        return next(iter(recorder.shapes.values()))
 
     def new_cache(self, batch: int, slots: int, extra: Sequence[LayerShape] = ()) -> KVCache:
         """Storage for `batch` rows of `slots` tokens, with `extra` layers for a drafter behind the target's own.
 
         Raises CapacityError, before anything is allocated, if it cannot fit.
         """
-        shapes, block = [*self.shapes, *extra], 1 if self._way is None else self._way.block
-        need_room(shapes, batch, slots, block)
+        shapes, block = [*self.shapes, *extra], 1 if self.way is None else self.way.block
+        check_room(shapes, batch, slots, block)
         return KVCache(shapes, batch, slots, block)
 
     def _fingerprint(self) -> str:
@@ -273,24 +299,11 @@ class Target:
     def _layer_inputs(self, kind: str, where: Placement, x: Tensor, way: Attention | None = None) -> dict[str, Any]:
         key = (kind, x.dtype, way)
         if key not in where.derived:
-            extent = where.mask.shape[-1]
-            rotary = self._rotary.rows(kind, where.positions, extent, x.dtype)
-            where.derived[key] = (self._attention_mask(kind, where, x.dtype, way), *rotary)
+            rotary = self._rotary.rows(kind, where.positions, where.mask.shape[-1], x.dtype)
+            window = self._window if kind == SLIDING else None
+            where.derived[key] = (attention_mask(where, x.dtype, way, window), *rotary)
         blocked, cos, sin = where.derived[key]
         return {"attention_mask": blocked, "position_ids": where.positions, "position_embeddings": (cos, sin)}
-
-    def _attention_mask(self, kind: str, where: Placement, dtype: torch.dtype, way: Attention | None) -> Tensor:
-        """The additive attention mask [B, 1, N, S]."""
-        visible, positions, slots = where.mask, where.positions[..., None], where.slot_positions[:, None]
-        if way is not None and where.branches:  # every node finds its own path in order
-            slots = torch.arange(visible.shape[-1], device=visible.device)
-            visible = slots <= positions
-        if kind == SLIDING:
-            visible = visible & (slots > positions - self._window)
-        shape, hidden = (*visible.shape[:2], _extent(where, way)), torch.finfo(dtype).min
-        blocked = torch.full(shape, hidden, dtype=dtype, device=visible.device)
-        blocked[..., : visible.shape[-1]].masked_fill_(visible, 0.0)
-        return blocked[:, None]
 
     def _refuse_what_cannot_work(self) -> None:
         implementation = self.config._attn_implementation
@@ -338,7 +351,7 @@ class Target:
         wanted, first_input = self._own_forward(tokens)
         if not torch.isfinite(wanted).all():
             raise ModelError("the model's logits are not finite; its weights are too large for its precision")
-        self._embedding_scale = self._find_embedding_scale(tokens, first_input)
+        self._embedding_scale = embedding_scale(self.config, self._embedding(tokens), first_input)
         self.shapes = self._record_shapes(tokens)
         got = self._check_logits(tokens)
         return float((got - wanted).abs().mean() / wanted.abs().mean().clamp_min(1e-9))
@@ -355,15 +368,6 @@ class Target:
         finally:
             hook.remove()
         return logits, inputs[0]
-
-    def _find_embedding_scale(self, tokens: Tensor, first_input: Tensor) -> float:
-        # Granite scales by a setting; Gemma by sqrt(D), in the embedding module or after it depending on the release.
-        plain = self._embedding(tokens)
-        root = torch.tensor(self.width**0.5, dtype=plain.dtype)
-        for scale in (1.0, getattr(self.config, "embedding_multiplier", None), float(root)):
-            if scale is not None and torch.allclose(plain * scale, first_input, rtol=1e-2, atol=1e-6):
-                return float(scale)
-        raise ModelError(f"{self.config.model_type} models are not supported: their embedding is not scaled uniformly")
 
     def _record_shapes(self, tokens: Tensor) -> list[LayerShape]:
         recorder, where = Recorder(), sequence(1, tokens.shape[1], self.device)
@@ -387,11 +391,6 @@ class Target:
         where = sequence(1, length, self.device)
         x, _ = self.run(torch.cat(ahead, 1), where, cache, start=half)
         return self.logits(self.norm(x))
-
-
-def _extent(where: Placement, way: Attention | None) -> int:
-    """How many slots a pass looks at."""
-    return round_up(where.mask.shape[-1], 1 if way is None else way.block)
 
 
 def check_exit_layer(exit_layer: int, target: Target) -> None:

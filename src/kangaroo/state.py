@@ -12,7 +12,7 @@ from kangaroo.constraints import Constraint, Constraints, Processor
 from kangaroo.errors import CapacityError
 from kangaroo.logprobs import Logprobs
 from kangaroo.sampling import Columns, Prefix, Sampler, Sampling
-from kangaroo.tree import Draft, Placement, Verdict, pick, place, place_at, place_chain
+from kangaroo.tree import Draft, Placement, Stop, Verdict, pick, place, place_at, place_chain
 
 NO_TOKEN = -2
 """Equal to no token of a text, and not to `constraints.NOTHING`."""
@@ -54,6 +54,11 @@ class Row:
     pending: int
 
 
+def sent(values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without waiting until they are there."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 def arranged(values: Tensor, rows: Sequence[int]) -> Tensor:
     """values [B, ...] -> [len(rows), ...]: row i is the one that was rows[i], or zeros where that is -1."""
     return torch.cat([values, values.new_zeros(1, *values.shape[1:])])[list(rows)]
@@ -77,6 +82,10 @@ class Committed:
     """The valid tokens of each row, on the host."""
     drafted: Sequence[int]
     """Per row, how many tokens its draft proposed, padding not counted; 0 for prompts and finished rows."""
+    stops: tuple[Stop, ...] = ()
+    """Why drafting stopped, per row; empty for prompts."""
+    confidences: Sequence[Sequence[float]] = ()
+    """Per row, how sure the drafter was of its tokens, where a stopping rule looked; empty for prompts."""
 
 
 class State:
@@ -283,19 +292,32 @@ class State:
         ended = self.is_end(verdict.next_token[:, None])[:, 0]
         self.active = self.active & (self.room > 0) & ~ended
         self.rounds += 1
-        text, drafted = self._read(tokens, verdict, draft)
+        text, drafted, sureness = self._read(tokens, verdict, draft)
+        stops = tuple(map(_reason, draft.stops, sureness))
+        confidences = [[each for each in row[1:] if each > 0] for row in sureness]
         picked = {layers: pick(x, path) for layers, x in features.items()}
         where = place_at(positions, self.longest + 1)
-        return Committed(tokens, where, verdict.length, picked, path, text, drafted)
+        return Committed(tokens, where, verdict.length, picked, path, text, drafted, stops, confidences)
 
-    def _read(self, tokens: Tensor, verdict: Verdict, draft: Draft) -> tuple[list[list[int]], list[int]]:
-        """Bring `rows` up to date and return the committed tokens and the lengths of the drafts: a round's one read."""
-        drafted = draft.valid[:, 1:].sum(1)
+    def _read(
+        self, tokens: Tensor, verdict: Verdict, draft: Draft
+    ) -> tuple[list[list[int]], list[int], list[list[float]]]:
+        """Bring `rows` up to date and return the committed tokens, the lengths of the drafts and what is said of their
+        sureness: a round's one read."""
+        drafted, whole = draft.valid[:, 1:].sum(1), 6 + tokens.shape[1]
         facts = torch.stack([verdict.length, drafted, self.lengths, self.room, self.active, verdict.next_token], 1)
-        text, lengths = [], []
-        for row, told in zip(self.rows, torch.cat([facts, tokens], 1).tolist(), strict=True):
-            count, proposed, row.length, row.room, active, row.pending, *path = told
+        table = torch.cat([facts, tokens] if draft.sureness is None else [facts, tokens, draft.sureness], 1)
+        text, lengths, sureness = list[list[int]](), list[int](), list[list[float]]()
+        for row, told in zip(self.rows, table.tolist(), strict=True):
+            count, proposed, row.length, row.room, active, row.pending, *path = map(int, told[:whole])
             row.active = bool(active)
             text.append(path[:count])
             lengths.append(proposed if count else 0)
-        return text, lengths
+            sureness.append(told[whole:])
+        return text, lengths, sureness
+
+
+def _reason(known: Stop, sureness: Sequence[float]) -> Stop:
+    """Why a row's drafting stopped, by what the host knew of it and what the device has said since."""
+    unsure = sureness and not sureness[0]
+    return Stop.CONFIDENCE if unsure and known in (Stop.LENGTH, Stop.ROOM) else known

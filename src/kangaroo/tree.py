@@ -38,7 +38,10 @@ class Draft:
     depth: int
     """Levels below the root; a path from the root accepts at most this many drafted tokens."""
     stops: tuple[Stop, ...]
-    """Why drafting stopped, per row."""
+    """Why drafting stopped, per row, as far as the host knows."""
+    sureness: Tensor | None = None
+    """[B, 1 + K] float64, known to the device alone until the round is read: 0 where drafting stopped because the last
+    token was unsure, else 1; then how sure the drafter was of each token, 0 past a row's last. None: nothing looked."""
     hidden: Tensor | None = None
     """[B, N, D] target states of the nodes after `layers_done` layers; None if no layer has run."""
     layers_done: int = 0

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
-from kangaroo.cache import KVCache, LayerShape, Views
+from kangaroo.cache import KVCache, LayerShape, Views, round_up
+from kangaroo.passes import Attention
 from kangaroo.tree import Placement
 
 
@@ -52,3 +54,22 @@ class Recorder(Cache):  # type: ignore[misc]
         heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
         self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype, key_states.device)
         return key_states, value_states
+
+
+def extent(where: Placement, way: Attention | None) -> int:
+    """How many slots a pass looks at."""
+    return round_up(where.mask.shape[-1], 1 if way is None else way.block)
+
+
+def attention_mask(where: Placement, dtype: torch.dtype, way: Attention | None, window: int | None) -> Tensor:
+    """The additive attention mask [B, 1, N, S] of layers that see all, or the last `window` positions."""
+    visible, positions, slots = where.mask, where.positions[..., None], where.slot_positions[:, None]
+    if way is not None and where.branches:  # every node finds its own path in order
+        slots = torch.arange(visible.shape[-1], device=visible.device)
+        visible = slots <= positions
+    if window is not None:
+        visible = visible & (slots > positions - window)
+    shape, hidden = (*visible.shape[:2], extent(where, way)), torch.finfo(dtype).min
+    blocked = torch.full(shape, hidden, dtype=dtype, device=visible.device)
+    blocked[..., : visible.shape[-1]].masked_fill_(visible, 0.0)
+    return blocked[:, None]

@@ -80,6 +80,7 @@ def describe(decoder: Decoder) -> dict[str, object]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
         "exactness": asdict(target.exactness),
+        "graphs": target.graphs,
         "fingerprint": target.fingerprint,
     }
     trained = trained_parameters(decoder)

@@ -1,4 +1,9 @@
-"""Drafting token by token, until every row is unsure, has no room, or has drafted enough: the loop chains share."""
+"""Drafting token by token, until every row is unsure, has no room, or has drafted enough: the loop chains share.
+
+Who drafts on is decided on the device. Where the host can look at that for nothing, it ends the loop as soon as no row
+does; elsewhere it would wait for the device at every token, so the loop runs to its bound, and what was drafted past a
+row's stop is padding. The draft is the same.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +15,13 @@ from torch.nn import functional
 
 from kangaroo.drafters.draft_vocabulary import DraftTokens
 from kangaroo.sampling import Stream
-from kangaroo.state import Committed, Row, State
+from kangaroo.state import Committed, Row, State, sent
 from kangaroo.tree import Draft, Placement, Stop, chain
+
+CHEAP_READS = ("cpu",)
+"""Kinds of devices that a number is read from without waiting."""
+BLIND = 16
+"""Tokens drafted between two looks, on other devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,8 @@ class Chain:
     probs: Tensor | None
     """[B, K + 1, V] what the tokens were drawn from, under `reject`; the pending token's zeros are read by nobody."""
     stops: tuple[Stop, ...]
+    sureness: Tensor | None = None
+    """[B, K + 1] as in a Draft."""
 
     @property
     def steps(self) -> int:
@@ -40,6 +52,7 @@ class Chain:
             valid=self.valid,
             depth=nodes - 1,
             stops=self.stops,
+            sureness=self.sureness,
             hidden=hidden,
             layers_done=layers_done,
             probs=self.probs,
@@ -48,14 +61,19 @@ class Chain:
 
 
 class Stopping(Protocol):
-    """Decides how far to draft, on the host: at most one read from the device a token."""
+    """Decides how far to draft: whether at all on the host, how far on the device, without reading from it."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether confidences matter to it."""
+        ...
 
     def begin(self, state: State) -> Sequence[bool]:
         """Per row: draft at all?"""
         ...
 
-    def go_on(self, logits: Tensor) -> Sequence[bool]:
-        """Per row: draft one more after the token just drafted from logits [B, 1, V]?"""
+    def go_on(self, confidence: Tensor) -> Tensor:
+        """[B] bool: draft one more after the token just drafted with this confidence [B]? Asked of each in turn."""
         ...
 
     def observe(self, state: State, committed: Committed) -> None:
@@ -72,16 +90,15 @@ class Threshold:
 
     def __init__(self, threshold: float):
         self._threshold = threshold
+        self.looks = threshold > 0
 
     def begin(self, state: State) -> Sequence[bool]:
         """Always."""
         return [True] * state.batch
 
-    def go_on(self, logits: Tensor) -> Sequence[bool]:
-        """While sure; a threshold of 0 need not look."""
-        if self._threshold <= 0:
-            return [True] * len(logits)
-        return [confidence >= self._threshold for confidence in top_probability(logits)[:, 0].tolist()]
+    def go_on(self, confidence: Tensor) -> Tensor:
+        """While sure."""
+        return confidence.double() >= self._threshold
 
     def observe(self, state: State, committed: Committed) -> None:
         """Nothing to learn."""
@@ -111,31 +128,61 @@ def draft_chain(
     `step` runs the draft model on the newest token of each row [B, 1], the k-th node of the draft, and returns its
     logits [B, 1, V], or [B, 1, n] over a draft vocabulary. The token after which a row stops stays in the draft.
     """
+    device = state.tokens.device
     limits = [max(0, min(most, room)) for most, room in zip(limits, state.draft_rooms, strict=True)]
-    sure = list(stopping.begin(state)) if any(limits) else [True] * state.batch
-    counts = [0] * state.batch
+    begun = list(stopping.begin(state)) if any(limits) else [True] * state.batch
+    bounds = [limit if begins else 0 for limit, begins in zip(limits, begun, strict=True)]
+    course = _Course(stopping, bounds, device) if stopping.looks and any(bounds) else None
     tokens, probs = [state.pending], list[Tensor]()
-    while going := [row for row in range(state.batch) if sure[row] and counts[row] == len(tokens) - 1 < limits[row]]:
-        logits = step(tokens[-1], len(tokens) - 1)
+    for k in range(max(bounds)):
+        if course is not None and k > 0 and _looks_at(k, device) and not course.any_goes():
+            break
+        logits = step(tokens[-1], k)
         token, q = choose(logits, torch.cat(tokens, 1), state, vocabulary)
         tokens.append(token)
         probs += [] if q is None else [q]
-        for row, goes_on in enumerate(stopping.go_on(logits)):
-            if row in going:
-                counts[row], sure[row] = counts[row] + 1, goes_on
+        if course is not None:
+            course.go(top_probability(logits)[:, 0])
+    counts = sent(bounds, torch.int64, device) if course is None else course.counts
     return Chain(
         torch.cat(tokens, 1),
-        _valid(counts, state),
+        torch.arange(len(tokens), device=device) <= counts[:, None],
         torch.cat([torch.zeros_like(probs[0]), *probs], 1) if probs else None,
-        tuple(map(_reason, state.rows, sure, limits)),
+        tuple(map(_reason, state.rows, begun, limits)),
+        None if course is None else course.sureness,
     )
 
 
-def _valid(counts: Sequence[int], state: State) -> Tensor:
-    nodes, device = max(counts) + 1, state.tokens.device
-    if min(counts) == max(counts):
-        return torch.ones(state.batch, nodes, dtype=torch.bool, device=device)
-    return torch.arange(nodes, device=device) <= torch.tensor(counts, device=device)[:, None]
+def _looks_at(k: int, device: torch.device) -> bool:
+    """Whether the host may look, before the k-th token, if any row goes on."""
+    return device.type in CHEAP_READS or k % BLIND == 0
+
+
+class _Course:
+    """Who drafts on, told token by token; nothing is read unless asked for."""
+
+    def __init__(self, stopping: Stopping, bounds: Sequence[int], device: torch.device):
+        """`bounds` are how many tokens the rows may draft."""
+        self._stopping, self._bounds = stopping, sent(bounds, torch.int64, device)
+        self._going, self.counts = self._bounds > 0, torch.zeros_like(self._bounds)
+        self._sure = torch.ones_like(self._going)
+        self._confidences = list[Tensor]()
+
+    def any_goes(self) -> bool:
+        """Whether any row drafts on: a read from the device."""
+        return bool(self._going.any())
+
+    def go(self, confidence: Tensor) -> None:
+        """A token was drafted, with this confidence [B]."""
+        self._confidences.append(confidence * self._going)
+        self._sure = torch.where(self._going, self._stopping.go_on(confidence), self._sure)
+        self.counts = self.counts + self._going
+        self._going = self._sure & (self.counts < self._bounds)
+
+    @property
+    def sureness(self) -> Tensor:
+        """[B, K + 1] as in a Draft."""
+        return torch.stack([self._sure, *self._confidences], 1).double()
 
 
 def _reason(row: Row, sure: bool, limit: int) -> Stop:

@@ -105,9 +105,12 @@ class Adapter(TrainedWeights):
 
     def forward(self, x: Tensor, where: Placement, cache: KVCache | None = None) -> Tensor:
         """States after the exit layer [B, N, D] -> normed states [B, N, D] that `logits` reads."""
+        return self.target.in_place(self, self._through, x, where, cache)[0]
+
+    def _through(self, x: Tensor, where: Placement, cache: KVCache | None) -> list[Tensor]:
         for layer in self.layers:
             x = layer(x, where, cache)
-        return self.norm_out(x)  # type: ignore[no-any-return]
+        return [self.norm_out(x)]
 
     def logits(self, y: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, V], through the target's head or the adapter's own; [B, N, n] of a draft vocabulary."""
@@ -131,7 +134,7 @@ class Adapter(TrainedWeights):
         for module in (self, *self.layers):
             for name, norm in fused_norms(module).items():
                 setattr(module, name, norm)
-        if not can_pack(self.target.dtype, self.target.device):
+        if self.target.kernels is None and not can_pack(self.target.dtype, self.target.device):
             return
         for product in products(plain_linears(self)):
             pack_together(product, kernels=self.target.kernels)

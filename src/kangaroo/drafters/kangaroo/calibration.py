@@ -6,11 +6,14 @@ Measured at training time on held-out text that the target wrote, stored beside 
 import bisect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kangaroo.checks import shown
 from kangaroo.errors import AdapterError
@@ -41,6 +44,15 @@ class Calibration:
         share = (confidence - x[above - 1]) / (x[above] - x[above - 1])
         return y[above - 1] + share * (y[above] - y[above - 1])
 
+    def chances(self, confidence: Tensor) -> Tensor:
+        """The same of many confidences, in float64, to the last bit: where they are, nothing is read."""
+        x, y = _points(self, confidence.device)
+        confidence = confidence.double().contiguous()
+        above = torch.searchsorted(x, confidence)
+        low, high = (above - 1).clamp_min(0), above.clamp_max(len(x) - 1)
+        share = (confidence - x[low]) / (x[high] - x[low])
+        return torch.where(low == high, y[low], y[low] + share * (y[high] - y[low]))
+
     def save(self, folder: Path) -> None:
         """Write calibration.json."""
         write_json(folder / FILE, asdict(self))
@@ -66,6 +78,14 @@ class Calibration:
             raise AdapterError(f"{path} is damaged: {error} is missing") from None
         except ValueError as error:
             raise AdapterError(f"{path} is damaged: {error}") from None
+
+
+@cache
+def _points(calibration: Calibration, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The curve's points as tensors."""
+    points = [calibration.confidence, calibration.right]
+    x, y = torch.tensor(points, dtype=torch.float64, device=device).unbind()
+    return x, y
 
 
 def _chances(values: Any) -> tuple[float, ...]:

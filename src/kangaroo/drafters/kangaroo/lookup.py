@@ -160,7 +160,7 @@ def _merge(drafted: Chain, copies: Draft, copying: Tensor, matches: Sequence[int
         # Copies are certain: under `reject` they count as drawn from a distribution that holds nothing else.
         certain = functional.one_hot(tokens, probs.shape[-1]).to(probs.dtype)
         probs = torch.where(copying[:, None, None], certain, functional.pad(probs, (0, 0, 0, nodes - probs.shape[1])))
-    return Chain(tokens, valid, probs, stops)
+    return Chain(tokens, valid, probs, stops, drafted.sureness)
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], KangarooLookup]:

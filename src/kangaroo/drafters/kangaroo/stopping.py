@@ -11,15 +11,14 @@ of the row's first tokens. From one token to two a pass costs more than from two
 best draft is not expected to make up for that. Everything is counted row by row.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from kangaroo.drafters.chain import top_probability
 from kangaroo.drafters.kangaroo.calibration import Calibration
-from kangaroo.state import Committed, State
+from kangaroo.state import Committed, State, sent
 
 PRIOR = 4.0
 """Rounds' worth of weight that the prior has: plain decoding's rate, and the calibrated chance of a first token."""
@@ -44,6 +43,8 @@ class DraftCosts:
 class CostAware:
     """Stop where the next token would not pay."""
 
+    looks = True
+
     def __init__(self, calibration: Calibration, costs: DraftCosts, longest: int):
         """`longest` is the most tokens that a draft may have."""
         self._calibration, self._costs, self._longest = calibration, costs, longest
@@ -55,8 +56,9 @@ class CostAware:
         rows = self._known(state)
         # What this number of rows has been found to cost, where that has been measured.
         self._now = self._costs if state.price is None else DraftCosts(token=state.price)
-        for row in rows:
-            row.chances = []
+        known = [[row.scale, self._calibration.after_right * row.scale, self._now.token * row.rate] for row in rows]
+        self._scale, self._next, self._price = sent(known, torch.float64, state.tokens.device).unbind(1)
+        self._chance = torch.ones_like(self._scale)
         return [self._gain(row) > 0 for row in rows]
 
     def _gain(self, row: "_Row") -> float:
@@ -69,15 +71,10 @@ class CostAware:
             gain, chance = gain + chance - price, chance * prior * row.scale
         return gain
 
-    def go_on(self, logits: Tensor) -> Sequence[bool]:
+    def go_on(self, confidence: Tensor) -> Tensor:
         """If the whole draft and one more are still likely enough."""
-        confidences = top_probability(logits)[:, 0].tolist()
-        pays = []
-        for row, confidence in zip(self._rows, confidences, strict=True):
-            row.chances.append(self._calibration.chance(confidence))
-            scaled = [chance * row.scale for chance in (*row.chances, self._calibration.after_right)]
-            pays.append(math.prod(scaled) > self._now.token * row.rate)
-        return pays
+        self._chance = self._chance * (self._calibration.chances(confidence) * self._scale)
+        return self._chance * self._next > self._price
 
     def observe(self, state: State, committed: Committed) -> None:
         """Count what the rows' rounds brought and cost; a prompt begins anew."""
@@ -87,9 +84,11 @@ class CostAware:
             for number in range(state.batch) if chosen is None else chosen.tolist():
                 rows[number] = _Row()
             return
-        for row, emitted, drafted in zip(rows, committed.text, committed.drafted, strict=True):
+        told = zip(rows, committed.text, committed.drafted, committed.confidences, strict=True)
+        for row, emitted, drafted, confidences in told:
             if emitted:
-                row.learn(len(emitted), drafted, self._now.round(drafted))
+                chances = [self._calibration.chance(confidence) for confidence in confidences[:drafted]]
+                row.learn(len(emitted), drafted, self._now.round(drafted), chances)
 
     def arrange(self, rows: Sequence[int]) -> None:
         """What is known of a row stays with it."""
@@ -113,8 +112,6 @@ class _Row:
     hits: float = 0.0
     tries: float = 0.0
     """Of first tokens."""
-    chances: list[float] = field(default_factory=list)
-    """Of the tokens of the draft under way, as calibrated."""
 
     @property
     def rate(self) -> float:
@@ -130,13 +127,13 @@ class _Row:
         """The chance of a first token."""
         return (self.hits + PRIOR * prior) / (self.tries + PRIOR)
 
-    def learn(self, emitted: int, drafted: int, cost: float) -> None:
-        """A round is over."""
+    def learn(self, emitted: int, drafted: int, cost: float, chances: Sequence[float]) -> None:
+        """A round is over; `chances` are the drafted tokens', as calibrated."""
         self.emitted += emitted
         self.cost += cost
         self.accepted += emitted - 1
         # The first token refused has been decided as well; what came after it was never asked.
-        self.foretold += sum(self.chances[: min(emitted, drafted)])
+        self.foretold += sum(chances[:emitted])
         if drafted:
             self.hits += emitted > 1
             self.tries += 1
