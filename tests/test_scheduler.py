@@ -252,21 +252,6 @@ def test_few_rows_move(kept: set[int], joining: int, rows: list[int]) -> None:
     assert arrangement(kept, joining) == rows
 
 
-@pytest.mark.parametrize(("gain", "pays"), [(1.4, True), (0.8, False)])
-def test_drafts_are_left_out_where_they_do_not_pay(gain: float, pays: bool) -> None:
-    load, drafted = Load(), 0
-    for _ in range(2000):
-        drafting = load.drafts(8)
-        drafted += drafting
-        # A draft of 3 tokens doubles the cost of a round.
-        load.learn(8, drafting, int(8 * 2 * gain) if drafting else 8, 3 * drafting, 0.2 if drafting else 0.1)
-    assert load.pays(8) is pays
-    assert load.price(8) == pytest.approx(1 / 3)
-    assert (drafted > 1950) if pays else (drafted < 200)
-    assert load.drafts(4), "with fewer rows they may pay"
-    assert load.drafts(9) is pays, "with more they hardly do"
-
-
 @pytest.mark.parametrize(("price", "drafts"), [(0.0, True), (50.0, False)])
 def test_auto_stopping_goes_by_what_rounds_have_cost(
     price: float, drafts: bool, monkeypatch: pytest.MonkeyPatch

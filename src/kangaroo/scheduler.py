@@ -24,7 +24,7 @@ from kangaroo.passes import PROMPT_ROWS as BLOCK
 from kangaroo.prefixes import PrefixStore
 from kangaroo.state import Request, State
 
-ASKED_NOT_TO, TOO_MANY, NO_DRAFTER = "asked not to", "too many rows", "no drafter"
+ASKED_NOT_TO, UNPROFITABLE, NO_DRAFTER = "asked not to", "drafts do not pay at this load", "no drafter"
 """Why nothing is drafted."""
 
 
@@ -224,7 +224,7 @@ class Scheduler:
         self.drafting = self._load.pays(rows)
         for task in self._seated:
             if task.request.speculate:
-                task.speculation = "on" if self.drafting else TOO_MANY
+                task.speculation = "on" if self.drafting else UNPROFITABLE
 
     def _learn(self, done: Round, working: Sequence[int], seconds: float) -> None:
         """What the round has cost and brought."""

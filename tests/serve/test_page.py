@@ -130,7 +130,7 @@ def test_why_nothing_is_drafted_is_said(visit: Any, live: Live, monkeypatch: pyt
     page = visit(live)
     ask(page, "Where?")
     finished(page)
-    expect(page.locator(".remark").first).to_contain_text("Drafting is off at present: too many rows.")
+    expect(page.locator(".remark").first).to_contain_text("Drafting is off at present: drafts do not pay at this load.")
     assert fact(page, "drafted") == "0 %"
     assert fact(page, "accepted") == "–"
 
