@@ -35,6 +35,8 @@ class Request:
     logprobs: Logprobs | None = None
     speculate: bool = True
     """Whether anything may be drafted for it."""
+    max_draft: int | None = None
+    """Tokens that may be drafted for it at once, if fewer than its drafter has them."""
 
     def ends(self, eos: Sequence[int]) -> tuple[int, ...]:
         """The tokens that end the row, those of the model being `eos`."""
@@ -217,8 +219,9 @@ class State:
     def draft_rooms(self) -> list[int]:
         """Per row, how many tokens its draft may have."""
         # A draft may be allowed to be longer than a row has slots for.
-        rows = zip(self.rows, self.off, strict=True)
-        return [min(row.room, self.spare) - 1 if row.active and not off else 0 for row, off in rows]
+        most = [self.spare - 1 if asked.max_draft is None else asked.max_draft for asked in self.requests]
+        rows = zip(self.rows, self.off, most, strict=True)
+        return [min(row.room - 1, self.spare - 1, least) if row.active and not off else 0 for row, off, least in rows]
 
     @property
     def off(self) -> list[bool]:
