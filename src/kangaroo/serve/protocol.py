@@ -77,11 +77,13 @@ class StreamOptions(_Strict):
 
 
 class Speculation(_Strict):
-    """`speculation`, an extension: whether to draft, and what the answer is to say of it."""
+    """`speculation`, an extension: whether to draft and with what, and what the answer is to say of it."""
 
     model_config = ConfigDict(extra="forbid")
 
     enabled: bool = True
+    drafter: str | None = None
+    max_draft: int | None = None
     statistics: bool = False
     tokens: bool = False
 
@@ -261,6 +263,9 @@ def to_call(asked: Asked) -> Call:
     ):
         if len(given) > most:
             raise Refusal(400, f"{name} may have {most} entries at most, got {len(given)}", name)
+    if asked.wants.max_draft is not None and not 1 <= asked.wants.max_draft < 2**63:
+        reason = f"must be at least 1, got {shown(asked.wants.max_draft)}; enabled: false drafts nothing"
+        raise Refusal(400, f"speculation.max_draft {reason}", "speculation.max_draft")
     arguments: dict[str, Any] = {
         "min_tokens": asked.min_tokens or 0,
         "stop": stop,
@@ -268,6 +273,8 @@ def to_call(asked: Asked) -> Call:
         "ignore_eos": bool(asked.ignore_eos),
         "logprobs": asked.candidates,
         "speculate": asked.wants.enabled,
+        "drafter": asked.wants.drafter,
+        "max_draft": asked.wants.max_draft,
     }
     plain = asked.response_format in (None, {"type": "text"})
     if not plain and asked.structured_outputs is not None:
