@@ -61,6 +61,7 @@ def refusal(body: Any, kind: Any = ChatRequest) -> Refusal:
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"speculation": {"enabled": 1}}, "speculation.enabled", "boolean"),
         ({"speculation": {"enable": False}}, "speculation.enable", "not permitted"),
+        ({"speculation": {"x" * 5000: 1}}, "speculation." + "x" * 64, "not permitted"),
         ({"speculation": {"drafter": 5}}, "speculation.drafter", "string"),
         ({"speculation": {"max_draft": 0}}, "speculation.max_draft", "at least 1"),
         ({"speculation": {"max_draft": 1.5}}, "speculation.max_draft", "integer"),

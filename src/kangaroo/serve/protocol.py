@@ -20,6 +20,8 @@ MOST_CHOICES = 128
 """Answers that one request may ask for, over all its prompts."""
 MOST_CANDIDATES = 20
 MOST_STOPS = 64
+LONGEST_NAME = 64
+"""Characters of a field's name, where a request has made one up, that an error repeats."""
 MOST_ENTRIES = 1024
 """Of `logit_bias` and of `stop_token_ids`."""
 DEFAULT_TOKENS = 16
@@ -347,5 +349,5 @@ def _param(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if (isinstance(part, str) and not part.isidentifier()) or part in ("str", "int"):
             break
-        path.append(str(part))
+        path.append(str(part)[:LONGEST_NAME])
     return ".".join(path)
