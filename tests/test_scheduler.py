@@ -43,6 +43,18 @@ class Moody(Load):
         return self._random.random() < 0.8
 
 
+class Hushed(Load):
+    """Drafts nothing in the first rounds of a task, nor before."""
+
+    def __init__(self, first: Task):
+        super().__init__()
+        self._first = first
+
+    def drafts(self, rows: int) -> bool:
+        """Once there have been five."""
+        return self._first.answer.stats.rounds >= 5
+
+
 def task(request: Request, eos: Sequence[int] = ()) -> Task:
     return Task(request, Transcript(request, request.ends(eos), Mute(), 0))  # type: ignore[arg-type]
 
@@ -250,6 +262,28 @@ def test_an_error_in_a_prompt_is_that_prompts(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_few_rows_move(kept: set[int], joining: int, rows: list[int]) -> None:
     assert arrangement(kept, joining) == rows
+
+
+@pytest.mark.parametrize("name", ["kangaroo", "kangaroo-tree", "kangaroo+lookup"])
+def test_a_row_that_company_has_left_drafts_as_it_would_have_alone(name: str) -> None:
+    """While nothing is drafted, tokens wait for the adapter, others' beside those of a row that came later."""
+    model, drafts = target("llama"), []
+    for company in (True, False):
+        ours, theirs = task(Request(PROMPTS[0][:2], GREEDY, 30)), task(Request(PROMPTS[1], GREEDY, 12))
+        scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), Limits(2))
+        scheduler._load = Hushed(ours)
+        if company:
+            scheduler.submit(theirs)
+            for _ in range(9):
+                scheduler.step()
+        scheduler.submit(ours)
+        while scheduler.busy:
+            scheduler.step()
+        assert theirs.ended is company
+        check(model, ours)
+        drafts.append(ours.answer.stats.drafts)
+    assert sum(drafts[0]) > 0
+    assert drafts[0] == drafts[1]
 
 
 @pytest.mark.parametrize(("price", "drafts"), [(0.0, True), (50.0, False)])

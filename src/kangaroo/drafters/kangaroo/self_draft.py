@@ -30,6 +30,8 @@ class SelfDraft:
         self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers
         self.vocabulary = None if adapter is None else adapter.vocabulary
         self._unseen: tuple[Tensor, Tensor] | None = None
+        self._contiguous = True
+        """Whether those are the last tokens of one row, each once: rows that grow unequally hold repeated columns."""
 
     @property
     def weight_share(self) -> float:
@@ -57,8 +59,7 @@ class SelfDraft:
         if self._unseen is not None:
             states, positions = self._unseen
             x = torch.cat([states, x], 1)
-            # Rows that grew unequally hold repeated columns: only a row alone is known to be contiguous.
-            start = None if where.start is None or len(x) > 1 else where.start - states.shape[1]
+            start = where.start - states.shape[1] if where.start is not None and self._contiguous else None
             where = place_at(torch.cat([positions, where.positions], 1), where.mask.shape[-1], start=start)
             self._unseen = None
         y = self.adapter(x, where, state.cache)
@@ -79,6 +80,7 @@ class SelfDraft:
             new = x[:, ran:last], committed.where.positions[:, ran:last]
             # A round that drafted nothing has left what waited before it waiting still.
             old = self._unseen
+            self._contiguous = state.batch == 1 and (old is None or self._contiguous)
             self._unseen = new if old is None else (torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1))
             if self._unseen[0].shape[1] >= MOST_UNSEEN:
                 states, positions = self._unseen
@@ -100,6 +102,7 @@ class SelfDraft:
         if self._unseen is not None:
             states, positions = self._unseen
             self._unseen = arranged(states, rows), arranged(positions, rows)
+            self._contiguous = False  # a row that is alone now may not have been so
 
 
 ADAPTER_SETTINGS = ("adapter", "allow_other_target")
