@@ -61,7 +61,7 @@ def test_where_they_pay_they_are_made(rows: int) -> None:
     for seed in range(20):
         run = Machine(0.15, 0.6, seed).run(500, lambda _: rows)
         assert run.pace > 0.95 * gain(0.6) / (1 + 0.15 * STEPS)
-        assert run.load.price(rows) == pytest.approx(0.15, abs=0.06)
+        assert run.load.price(rows) == pytest.approx(0.15, abs=0.1)
 
 
 def test_trials_become_rarer_the_more_they_cost() -> None:

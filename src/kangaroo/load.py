@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 PAIRS, EVIDENCE = 2, 16
 """Pairs of rounds, and drafts, by which a trial judges."""
+HOPELESS = -0.5
+"""Plain rounds' tokens that a round with drafts may lose: beyond that, half a trial is enough."""
 SHARE = 0.005
 """Of the time until the next trial, what a trial may cost."""
 LEAST, MOST, AGAIN = 64, 4096, 512
@@ -28,8 +30,8 @@ class _Size:
     """Rounds until the next trial; 0 during one."""
     decided: bool = False
     """Whether there has been a trial."""
-    warm: bool = False
-    """Whether the trial's first draft is over, which has more to do than others."""
+    warm: bool = True
+    """Whether the trial's first draft is over, which has more to do than others after rounds without."""
     last: tuple[int, float, int] | None = None
     """(rows, seconds, steps) of a round with drafts that waits for one without beside it."""
     pairs: int = 0
@@ -60,7 +62,7 @@ class _Size:
 
     def begin(self) -> None:
         """Try both ways; what is known from before counts half."""
-        self.due, self.warm, self.last = 0, self.pays and self.decided, None
+        self.due, self.warm, self.last = 0, self.pays, None
         self.pairs = self.rounds = self.drafts = 0
         self.extra, self.paid = self.extra / 2, self.paid / 2
         if not self.pays:
@@ -91,10 +93,13 @@ class _Size:
                 self.pays, self.due = False, LEAST
             elif not self.due:
                 self.begin()
-        elif self.pairs >= PAIRS and self.drafts >= EVIDENCE:
+        elif self._enough(1) or (self._enough(2) and self.advantage < HOPELESS):
             self.pays, self.decided = self.advantage >= 0, True
             loss = -self.advantage * self.rounds
             self.due = AGAIN if self.pays else min(MOST, max(LEAST, round(loss / SHARE)))
+
+    def _enough(self, part: int) -> bool:
+        return self.pairs * part >= PAIRS and self.drafts * part >= EVIDENCE
 
 
 class Load:
@@ -105,12 +110,16 @@ class Load:
         """By the power of two that holds so many rows: 1, 2, 3 to 4, 5 to 8, ..."""
 
     def _of(self, rows: int) -> _Size:
-        size = (rows - 1).bit_length()
-        if size not in self._sizes:
-            # Where drafts do not pay with fewer rows, they will hardly do so with more.
-            pays = all(known.pays for fewer, known in self._sizes.items() if fewer < size and known.decided)
-            self._sizes[size] = _Size(pays, 0 if pays else LEAST)
-        return self._sizes[size]
+        exponent = (rows - 1).bit_length()
+        size = self._sizes.setdefault(exponent, _Size(pays=True, due=0))
+        # Where drafts do not pay with fewer rows, they will hardly do so with more.
+        if (
+            not size.decided
+            and size.pays
+            and any(known.decided and not known.pays for fewer, known in self._sizes.items() if fewer < exponent)
+        ):
+            size.pays, size.due = False, LEAST
+        return size
 
     def drafts(self, rows: int) -> bool:
         """Whether the next round, of so many rows, is to draft."""
