@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kangaroo.load import Load
+from kangaroo.load import SHORT, Load
 
 STEPS = 3
 
@@ -13,8 +13,8 @@ STEPS = 3
 class Machine:
     """Rounds on a machine where a drafted token costs `price` plain rounds, and is accepted with a probability."""
 
-    def __init__(self, price: float, chance: float, seed: int = 0, noise: float = 0.05):
-        self.load, self.price, self.chance, self.noise = Load(), price, chance, noise
+    def __init__(self, price: float, chance: float, seed: int = 0, noise: float = 0.05, steps: int = STEPS):
+        self.load, self.price, self.chance, self.noise, self.steps = Load(), price, chance, noise, steps
         self.drafted = 0
         self.tokens = self.seconds = 0.0
         """In those of plain rounds."""
@@ -28,7 +28,8 @@ class Machine:
 
     def _round(self, rows: int) -> None:
         drafting = self.load.drafts(rows)
-        steps = STEPS * drafting
+        most = self.load.most(rows)
+        steps = (self.steps if most is None else min(most, self.steps)) * drafting
         lengths = [next((k for k in range(steps) if self._random.random() >= self.chance), steps) for _ in range(rows)]
         tokens = rows + sum(lengths)
         seconds = (1 + self.price * steps) * max(0.5, self._random.gauss(1, self.noise))
@@ -64,8 +65,21 @@ def test_where_they_pay_they_are_made(rows: int) -> None:
         assert run.load.price(rows) == pytest.approx(0.15, abs=0.1)
 
 
+def test_short_drafts_are_made_where_only_they_pay() -> None:
+    for seed in range(10):
+        run = Machine(0.3, 0.6, seed, steps=8)
+        assert run.run(3000).load.most(16) == SHORT
+        assert run.pace > 0.97 * (1 + 0.6 + 0.36) / 1.6
+        assert Machine(0.1, 0.8, seed, steps=5).run(300).load.most(16) is None
+
+
+def test_a_first_look_at_long_drafts_is_cheap() -> None:
+    runs = [Machine(0.58, 0.4, seed, steps=6).run(130) for seed in range(20)]
+    assert sum(run.pace for run in runs) / len(runs) > 0.98
+
+
 def test_trials_become_rarer_the_more_they_cost() -> None:
-    near, far = (Machine(price, 0.5).run(6000) for price in (0.35, 0.8))
+    near, far = (Machine(price, 0.5).run(6000) for price in (0.45, 0.9))
     assert 3 < far.drafted < near.drafted < 200
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 PAIRS, EVIDENCE = 2, 16
 """Pairs of rounds, and drafts, by which a trial judges."""
+SHORT, FEW = 2, 2
+"""Tokens of drafts that tell whether any pay, as the first bring most; and rows that need not be so careful."""
 HOPELESS = -0.5
 """Plain rounds' tokens that a round with drafts may lose: beyond that, half a trial is enough."""
 SHARE = 0.005
@@ -28,6 +30,10 @@ class _Size:
     pays: bool
     due: int
     """Rounds until the next trial; 0 during one."""
+    most: int | None
+    """Tokens that drafts may have; None for as many as the drafter would."""
+    overdrawn: bool = False
+    """Whether longer drafts have been found not to pay."""
     decided: bool = False
     """Whether there has been a trial."""
     warm: bool = True
@@ -91,12 +97,14 @@ class _Size:
             self.due -= 1
             if self.pays and self.advantage < 0:
                 self.pays, self.due = False, LEAST
+                self.overdrawn, self.most = self.most is None, SHORT
             elif not self.due:
                 self.begin()
         elif self._enough(1) or (self._enough(2) and self.advantage < HOPELESS):
             self.pays, self.decided = self.advantage >= 0, True
             loss = -self.advantage * self.rounds
             self.due = AGAIN if self.pays else min(MOST, max(LEAST, round(loss / SHARE)))
+            self.most = None if self.pays and not self.overdrawn else self.most
 
     def _enough(self, part: int) -> bool:
         return self.pairs * part >= PAIRS and self.drafts * part >= EVIDENCE
@@ -111,7 +119,7 @@ class Load:
 
     def _of(self, rows: int) -> _Size:
         exponent = (rows - 1).bit_length()
-        size = self._sizes.setdefault(exponent, _Size(pays=True, due=0))
+        size = self._sizes.setdefault(exponent, _Size(True, 0, None if rows <= FEW else SHORT))
         # Where drafts do not pay with fewer rows, they will hardly do so with more.
         if (
             not size.decided
@@ -129,6 +137,10 @@ class Load:
     def pays(self, rows: int) -> bool:
         """Whether drafts pay, trials aside."""
         return self._of(rows).pays
+
+    def most(self, rows: int) -> int | None:
+        """Tokens that a row's draft may have; None for as many as its drafter would."""
+        return self._of(rows).most
 
     def price(self, rows: int) -> float | None:
         """Cost of drafting a token and verifying it, in plain rounds; None while that is not known."""

@@ -227,6 +227,7 @@ class Scheduler:
         state = self._live[1]
         rows = sum(row.active for row in state.rows)
         state.drafting, state.price = self._load.drafts(rows), self._load.price(rows)
+        state.longest_draft = self._load.most(rows)
         self.drafting = self._load.pays(rows)
         for task in self._seated:
             if task.request.speculate:
