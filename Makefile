@@ -16,7 +16,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report fmt check test test-all test-gpu test-engines test-lowest fuzz faults soak docs clean
+.PHONY: help install demo report fmt check test test-all test-gpu test-engines test-lowest fuzz fuzz-server faults soak docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ test-all: $(STAMP) ## every test that needs no accelerator
 
 fuzz: $(STAMP) ## generated input of every kind, for ARGS="--minutes 10": nothing may be more than refused
 	$(BIN)/python tests/fuzz/fuzz.py $(ARGS)
+
+fuzz-server: $(STAMP) ## generated requests to a live server: ARGS="--requests 10000"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/serve/fuzz_server.py $(ARGS)
 
 faults: $(STAMP) ## kills at random moments, full disks at every write, flipped bits in every file
 	$(BIN)/python tests/faults/faults.py $(ARGS)

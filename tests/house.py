@@ -27,7 +27,8 @@ ORDER = """
     drafters.eagle3 drafters.eagle3.head drafters.eagle3.drafter
     drafters
     accept decode
-    stops text grammar forced completion arguments load prefixes scheduler streaming tickets worker engine decoder hf
+    stops text grammar forced completion arguments load prefixes scheduler streaming schedulers tickets
+    worker engine decoder hf
 """.split()  # noqa: SIM905 (a list would take 45 lines)
 USES = ["training", "bench", "serve", "exchange"]
 """Folders that may use everything in ORDER, and none of one another."""

@@ -74,7 +74,7 @@ def test_the_adapter_has_seen_every_committed_token_in_its_place(make: Callable[
     held: set[int] = set()  # how many accepted tokens were waiting for the adapter when a draft began
     while bool(state.active.any()):
         waiting = drafter.model._unseen  # type: ignore[attr-defined]
-        held.add(0 if waiting is None else waiting[0].shape[1])
+        held.add(sum(states.shape[1] for states, _ in waiting))
         drafted = drafter.draft(state).depth > 0
         for row in range(state.batch):
             length = int(state.lengths[row])

@@ -16,6 +16,9 @@ import kangaroo
 from chat_model import save_chat_model
 from kangaroo import Completion, Decoder, Engine, Sampling
 from kangaroo.errors import CapacityError, ConfigError, DataError, EngineClosed, QueueFull
+from kangaroo.load import Load
+from kangaroo.scheduler import Step
+from kangaroo.schedulers import Schedulers
 
 HOT = Sampling(temperature=1.0, seed=5)
 
@@ -142,6 +145,63 @@ def test_without_a_drafter_tickets_say_so(decoder: Decoder) -> None:
         ticket = engine.submit("The", max_tokens=3)
         list(ticket)
         assert ticket.speculation == "no drafter"
+
+
+def test_requests_choose_their_drafters_and_share_rows(
+    decoder: Decoder, alone: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Load, "drafts", lambda self, rows: True)  # whether it pays or not
+    names = ["kangaroo", "prompt-lookup", "early-exit"]
+    most, busiest = 0, list[set[str]]()
+    step = Schedulers.step
+
+    def watched(self: Schedulers) -> Step:
+        nonlocal most
+        done = step(self)
+        most = max(most, self.running)
+        busiest.append({name for name, one in self._made.items() if one._live is not None})
+        return done
+
+    monkeypatch.setattr(Schedulers, "step", watched)
+    with decoder.engine(rows=4, also=names[1:]) as engine:
+        assert list(engine.drafters) == names
+        assert engine.drafters["kangaroo"] == decoder.drafter == "kangaroo, threshold=0.02"
+        tickets = [
+            (name, number, engine.submit(prompt, drafter=name, **options))
+            for number, (prompt, options) in enumerate(ASKED)
+            for name in names
+        ]
+        for name, number, ticket in tickets:
+            for _ in ticket:
+                pass
+            assert facts(ticket.completion) == alone[number], name
+            assert ticket.drafter == name
+        drafted = {name: sum(t.stats.drafted for own, _, t in tickets if own == name) for name in names}
+        assert len(set(drafted.values())) == 3, "each drafts in its own way"
+        assert all(drafted.values())
+        few = engine.submit("Where would", drafter="kangaroo", max_draft=1, max_tokens=20)
+        ours = engine.submit("Where would", max_tokens=5)
+        assert list(ours)
+        assert ours.drafter == "kangaroo"
+        assert list(few)
+        assert max(few.stats.drafts) == 1
+        assert facts(few.completion) == alone[0]
+        for wrong in ("medusa", "", ["kangaroo"]):
+            with pytest.raises(ConfigError, match="drafter must be one of kangaroo, prompt-lookup, early-exit, got"):
+                engine.submit("x", drafter=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="max_draft must be at least 1"):
+            engine.submit("x", max_draft=0)
+    assert most == 4, "all rows are used, and no more than there are"
+    assert any(len(names) == 3 for names in busiest), "all at once"
+    assert all(names == {"kangaroo"} for names in busiest[-2:]), "and nothing is held for nobody"
+
+
+def test_drafters_that_cannot_share_an_engine_are_refused(decoder: Decoder, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="two drafters called kangaroo"):
+        decoder.engine(also=["kangaroo"])
+    other = kangaroo.load(folder / "target", drafter="prompt-lookup")
+    with pytest.raises(ConfigError, match="another target"):
+        Engine(decoder, also=[other])
 
 
 def endless(engine: Engine, **options: Any) -> kangaroo.Ticket:

@@ -43,6 +43,18 @@ class Moody(Load):
         return self._random.random() < 0.8
 
 
+class Hushed(Load):
+    """Drafts nothing in the first rounds of a task, nor before."""
+
+    def __init__(self, first: Task):
+        super().__init__()
+        self._first = first
+
+    def drafts(self, rows: int) -> bool:
+        """Once there have been five."""
+        return self._first.answer.stats.rounds >= 5
+
+
 def task(request: Request, eos: Sequence[int] = ()) -> Task:
     return Task(request, Transcript(request, request.ends(eos), Mute(), 0))  # type: ignore[arg-type]
 
@@ -253,19 +265,26 @@ def test_few_rows_move(kept: set[int], joining: int, rows: list[int]) -> None:
     assert arrangement(kept, joining) == rows
 
 
-@pytest.mark.parametrize(("gain", "pays"), [(1.4, True), (0.8, False)])
-def test_drafts_are_left_out_where_they_do_not_pay(gain: float, pays: bool) -> None:
-    load, drafted = Load(), 0
-    for _ in range(2000):
-        drafting = load.drafts(8)
-        drafted += drafting
-        # A draft of 3 tokens doubles the cost of a round.
-        load.learn(8, drafting, int(8 * 2 * gain) if drafting else 8, 3 * drafting, 0.2 if drafting else 0.1)
-    assert load.pays(8) is pays
-    assert load.price(8) == pytest.approx(1 / 3)
-    assert (drafted > 1950) if pays else (drafted < 200)
-    assert load.drafts(4), "with fewer rows they may pay"
-    assert load.drafts(9) is pays, "with more they hardly do"
+@pytest.mark.parametrize("name", ["kangaroo", "kangaroo-tree", "kangaroo+lookup"])
+def test_a_row_that_company_has_left_drafts_as_it_would_have_alone(name: str) -> None:
+    """While nothing is drafted, tokens wait for the adapter, others' beside those of a row that came later."""
+    model, drafts = target("llama"), []
+    for company in (True, False):
+        ours, theirs = task(Request(PROMPTS[0][:2], GREEDY, 30)), task(Request(PROMPTS[1], GREEDY, 12))
+        scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), Limits(2))
+        scheduler._load = Hushed(ours)
+        if company:
+            scheduler.submit(theirs)
+            for _ in range(9):
+                scheduler.step()
+        scheduler.submit(ours)
+        while scheduler.busy:
+            scheduler.step()
+        assert theirs.ended is company
+        check(model, ours)
+        drafts.append(ours.answer.stats.drafts)
+    assert sum(drafts[0]) > 0
+    assert drafts[0] == drafts[1]
 
 
 @pytest.mark.parametrize(("price", "drafts"), [(0.0, True), (50.0, False)])

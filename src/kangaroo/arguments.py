@@ -39,6 +39,8 @@ class Arguments:
     """One for all prompts, or one for each."""
     speculate: bool = True
     """Whether anything may be drafted."""
+    max_draft: int | None = None
+    """Tokens to draft at once, if fewer than the drafter would."""
 
     def __post_init__(self) -> None:
         if not 1 <= need_whole("n", self.n) <= MOST_ANSWERS:
@@ -47,6 +49,8 @@ class Arguments:
             need_whole(name, getattr(self, name), largest=2**63 - 1)
         need_type("ignore_eos", self.ignore_eos, bool)
         need_type("speculate", self.speculate, bool)
+        if self.max_draft is not None and need_whole("max_draft", self.max_draft, largest=2**63 - 1) < 1:
+            raise ConfigError(f"max_draft must be at least 1, got {self.max_draft}; speculate=False drafts nothing")
         if not _are_ids(self.stop_token_ids):
             raise ConfigError(f"stop_token_ids is a list of token ids, got {shown(self.stop_token_ids)}")
         if not isinstance(self.logprobs, Logprobs | int | None):
@@ -72,6 +76,7 @@ class Arguments:
                 processor=processor,
                 logprobs=logprobs,
                 speculate=self.speculate,
+                max_draft=self.max_draft,
             )
             for prompt, processor, group in zip(prompts, processors, groups, strict=True)
             for sampling in group

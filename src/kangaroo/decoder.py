@@ -81,10 +81,20 @@ class Decoder:
         )
 
     def engine(
-        self, *, rows: int = 16, queue: int = 256, capacity: int | None = None, prefix_tokens: int = 4096
+        self,
+        *,
+        rows: int = 16,
+        queue: int = 256,
+        capacity: int | None = None,
+        prefix_tokens: int = 4096,
+        also: Sequence[DrafterChoice] = (),
     ) -> Engine:
-        """An Engine that answers requests as they come; its arguments are described there."""
-        return Engine(self, rows=rows, queue=queue, capacity=capacity, prefix_tokens=prefix_tokens)
+        """An Engine that answers requests as they come; its arguments are described there.
+
+        `also` are drafters that requests may choose instead of this one.
+        """
+        others = [self.with_drafter(choice) for choice in also]
+        return Engine(self, rows=rows, queue=queue, capacity=capacity, prefix_tokens=prefix_tokens, also=others)
 
     def plain(self) -> "Decoder":
         """The same target without drafting: the baseline, on the same weights and kernels."""

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from kangaroo.arguments import Arguments, encode_all
-from kangaroo.checks import need_whole
+from kangaroo.checks import need_whole, shown
 from kangaroo.completion import Completion, Piece, Transcript
 from kangaroo.constraints import Processor
 from kangaroo.decode import check_request
@@ -18,7 +18,8 @@ from kangaroo.logprobs import Logprobs
 from kangaroo.machine import available_bytes
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
-from kangaroo.scheduler import Limits, Scheduler
+from kangaroo.scheduler import Limits
+from kangaroo.schedulers import Schedulers
 from kangaroo.text import Prompt, Tokenizer
 from kangaroo.tickets import Job, Ticket
 from kangaroo.worker import EngineStatus, Worker
@@ -32,7 +33,7 @@ class Answering(Protocol):
     tokenizer: Tokenizer
     eos: tuple[int, ...]
     drafter: str
-    """What is drafted with, in words."""
+    """What is drafted with, in words: its name, and after a comma what is set."""
 
 
 class Engine:
@@ -49,10 +50,14 @@ class Engine:
         queue: int = 256,
         capacity: int | None = None,
         prefix_tokens: int = 4096,
+        also: Sequence[Answering] = (),
     ):
         """`rows` requests run at once, and `queue` more may wait. `capacity` is how many tokens each may have, prompt
         included: by default the context, or what half of the memory that is left holds. Of prompts that have been run,
         `prefix_tokens` tokens are kept for later ones that begin alike.
+
+        Of `also`, decoders with the same target, a request may choose the drafter. All share the rows; each has rounds
+        of its own, and keeps prompts by itself once it has been asked for.
 
         Raises ConfigError, or CapacityError if the rows would not fit in memory.
         """
@@ -60,12 +65,19 @@ class Engine:
             if need_whole(name, value) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         self.decoder, self._encoding = decoder, threading.Lock()
-        target = decoder.target
-        make_drafter = forcing(decoder.make_drafter, target)
-        self.capacity = _capacity(target, make_drafter(), rows, capacity)
-        limits = Limits(rows, self.capacity, prefix_tokens)
-        scheduler = Scheduler(target, make_drafter, decoder.eos, limits, weigh=True)
-        self._worker = Worker(scheduler, queue)
+        target, makers = decoder.target, dict[str, Callable[[], Drafter]]()
+        self.drafters: dict[str, str] = {}
+        """Those that a request may choose, the one it gets if it chooses none first: by name, in words."""
+        for one in (decoder, *also):
+            name = one.drafter.partition(",")[0]
+            if one.target is not target:
+                raise ConfigError(f"the decoder with {one.drafter} has another target: make it with with_drafter")
+            if name in makers:
+                raise ConfigError(f"there are two drafters called {name}: leave one of them out")
+            makers[name], self.drafters[name] = forcing(one.make_drafter, target), one.drafter
+        self.capacity = _capacity(target, [make() for make in makers.values()], rows, capacity)
+        self._limits = Limits(rows, self.capacity, prefix_tokens)
+        self._worker = Worker(Schedulers(target, makers, decoder.eos, self._limits), queue)
         weakref.finalize(self, self._worker.close, 0.0)
 
     def submit(
@@ -81,8 +93,12 @@ class Engine:
         logprobs: Logprobs | int | None = None,
         processor: Processor | None = None,
         speculate: bool = True,
+        max_draft: int | None = None,
+        drafter: str | None = None,
     ) -> Ticket:
         """Have a prompt answered; without `speculate` nothing is drafted for it, which changes nothing in the text.
+
+        Nor does `drafter`, one of `drafters`, or `max_draft`, tokens to draft at once if fewer than the drafter would.
 
         Raises ConfigError or DataError for the arguments, CapacityError for a request longer than a row, QueueFull if
         too many wait already, EngineClosed.
@@ -97,8 +113,9 @@ class Engine:
             logprobs=logprobs,
             processor=processor,
             speculate=speculate,
+            max_draft=max_draft,
         )
-        (ticket,) = self._submit([prompt], arguments, patient=False)
+        (ticket,) = self._submit([prompt], arguments, drafter, patient=False)
         return ticket
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -115,23 +132,28 @@ class Engine:
         finally:
             ticket.cancel()
 
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], *, drafter: str | None = None, **options: Any) -> list[Completion]:
         """Answer a list of prompts as Decoder.generate does, beside whatever else is running. Waits for the queue."""
-        tickets = self._submit(prompts, Arguments(**options), patient=True)
+        tickets = self._submit(prompts, Arguments(**options), drafter, patient=True)
         for ticket in tickets:
             for _ in ticket:
                 pass
         return [ticket.completion for ticket in tickets if ticket.completion is not None]
 
-    def _submit(self, prompts: Sequence[Prompt], arguments: Arguments, *, patient: bool) -> list[Ticket]:
-        decoder = self.decoder
+    def _submit(
+        self, prompts: Sequence[Prompt], arguments: Arguments, drafter: str | None, *, patient: bool
+    ) -> list[Ticket]:
+        decoder, drafter = self.decoder, next(iter(self.drafters)) if drafter is None else drafter
+        if drafter not in list(self.drafters):
+            raise ConfigError(f"drafter must be one of {', '.join(self.drafters)}, got {shown(drafter)}")
         with self._encoding:
             tokens = encode_all(prompts, decoder.tokenizer)
         requests = [check_request(request, decoder.target, decoder.eos) for request in arguments.requests(tokens)]
         texts, tickets = arguments.texts(decoder.tokenizer, len(requests)), list[Ticket]()
         for request, text in zip(requests, texts, strict=True):
-            job = Job(request, Transcript(request, request.ends(decoder.eos), text, 0), self._worker.cancel)
-            self._worker.scheduler.check(job.task)
+            transcript = Transcript(request, request.ends(decoder.eos), text, 0)
+            job = Job(request, transcript, drafter, self._worker.cancel)
+            self._limits.check(request)
             self._worker.submit(job, patient=patient)
             tickets.append(Ticket(job))
         return tickets
@@ -156,13 +178,14 @@ class Engine:
         self.close(None if error is None else 0.0)
 
 
-def _capacity(target: Target, drafter: Drafter, rows: int, asked: int | None) -> int:
+def _capacity(target: Target, drafters: Sequence[Drafter], rows: int, asked: int | None) -> int:
     """Tokens a row may have: as asked for, or as many as the context and half of the memory hold."""
     if asked is not None and not 2 <= need_whole("capacity", asked) <= target.context:
         raise ConfigError(f"capacity must be in 2..{target.context}, which is the context, got {asked}")
-    shapes = [*target.shapes, *drafter.cache_layers]
+    caches = [[*target.shapes, *drafter.cache_layers] for drafter in drafters]
     fits = min(
         available_bytes(device) // (rows * sum(s.bytes_per_slot for s in shapes if s.device == device))
+        for shapes in caches
         for device in {shape.device for shape in shapes}
     )
     if (asked or 2) > fits:

@@ -24,7 +24,7 @@ from kangaroo.passes import PROMPT_ROWS as BLOCK
 from kangaroo.prefixes import PrefixStore
 from kangaroo.state import Request, State
 
-ASKED_NOT_TO, TOO_MANY, NO_DRAFTER = "asked not to", "too many rows", "no drafter"
+ASKED_NOT_TO, UNPROFITABLE, NO_DRAFTER = "asked not to", "drafts do not pay at this load", "no drafter"
 """Why nothing is drafted."""
 
 
@@ -38,6 +38,14 @@ class Limits:
     """Tokens that a task may have, prompt included; None: as many as fit in memory."""
     prefix_tokens: int = 0
     """Tokens of prompts that have been run, kept for later ones that begin alike."""
+
+    def check(self, request: Request) -> None:
+        """Raise CapacityError for a request that is longer than a row."""
+        if self.capacity is not None and len(request.prompt) + request.max_tokens > self.capacity:
+            raise CapacityError(
+                f"a request of {len(request.prompt)} + {request.max_tokens} tokens does not fit a row of "
+                f"{self.capacity}; shorten the prompt, lower max_tokens, or make rows longer (capacity)"
+            )
 
 
 class Answer(Protocol):
@@ -62,6 +70,8 @@ class Task:
     request: Request
     """A checked one."""
     answer: Answer
+    drafter: str = ""
+    """The name of what drafts for it, where there are several."""
     read: int = 0
     """Tokens of its prompt that have been run."""
     served: int = 0
@@ -149,18 +159,9 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self._waiting) or self.running > 0
 
-    def check(self, task: Task) -> None:
-        """Raise CapacityError for a task that is longer than a row."""
-        capacity = self.limits.capacity
-        if capacity is not None and task.size > capacity:
-            raise CapacityError(
-                f"a request of {len(task.request.prompt)} + {task.request.max_tokens} tokens does not fit a row of "
-                f"{capacity}; shorten the prompt, lower max_tokens, or make rows longer (capacity)"
-            )
-
     def submit(self, task: Task) -> None:
-        """Have a task wait for a row."""
-        self.check(task)
+        """Have a task wait for a row. Raises CapacityError for one that is longer than a row."""
+        self.limits.check(task.request)
         if not task.request.speculate:
             task.speculation = ASKED_NOT_TO
         self._waiting.append(task)
@@ -170,6 +171,11 @@ class Scheduler:
         task.cancelled = True
         if task in self._waiting:
             self._waiting.remove(task)
+
+    def rest(self) -> None:
+        """Free the memory of its rows, if none of them is used."""
+        if not self.running:
+            self._seated, self._live = [], None
 
     def fail(self) -> list[Task]:
         """After an error: give up the tasks that it concerns, and return them."""
@@ -221,10 +227,11 @@ class Scheduler:
         state = self._live[1]
         rows = sum(row.active for row in state.rows)
         state.drafting, state.price = self._load.drafts(rows), self._load.price(rows)
+        state.longest_draft = self._load.most(rows)
         self.drafting = self._load.pays(rows)
         for task in self._seated:
             if task.request.speculate:
-                task.speculation = "on" if self.drafting else TOO_MANY
+                task.speculation = "on" if self.drafting else UNPROFITABLE
 
     def _learn(self, done: Round, working: Sequence[int], seconds: float) -> None:
         """What the round has cost and brought."""

@@ -35,6 +35,8 @@ class Request:
     logprobs: Logprobs | None = None
     speculate: bool = True
     """Whether anything may be drafted for it."""
+    max_draft: int | None = None
+    """Tokens that may be drafted for it at once, if fewer than its drafter has them."""
 
     def ends(self, eos: Sequence[int]) -> tuple[int, ...]:
         """The tokens that end the row, those of the model being `eos`."""
@@ -118,6 +120,8 @@ class State:
         self.rounds = 0
         self.drafting = True
         """Whether anything is to be drafted in the coming round."""
+        self.longest_draft: int | None = None
+        """Tokens that a row's draft may have, if fewer than it has room for."""
         self.price: float | None = None
         """What a drafted token costs with these rows, in plain rounds, if that has been measured."""
         self.rows = [self._seat(row, request) for row, request in enumerate(requests)]
@@ -226,8 +230,10 @@ class State:
     def draft_rooms(self) -> list[int]:
         """Per row, how many tokens its draft may have."""
         # A draft may be allowed to be longer than a row has slots for.
-        rows = zip(self.rows, self.off, strict=True)
-        return [min(row.room, self.spare) - 1 if row.active and not off else 0 for row, off in rows]
+        longest = self.spare - 1 if self.longest_draft is None else min(self.longest_draft, self.spare - 1)
+        most = [longest if asked.max_draft is None else min(asked.max_draft, longest) for asked in self.requests]
+        rows = zip(self.rows, self.off, most, strict=True)
+        return [min(row.room - 1, least) if row.active and not off else 0 for row, off, least in rows]
 
     @property
     def off(self) -> list[bool]:

@@ -22,9 +22,9 @@ Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 class Job:
     """A request as the thread sees it: its task, and the pieces that nobody has read yet."""
 
-    def __init__(self, request: Request, transcript: Transcript, cancel: Callable[["Job"], None]):
+    def __init__(self, request: Request, transcript: Transcript, drafter: str, cancel: Callable[["Job"], None]):
         """`cancel` tells the thread that nobody wants the rest."""
-        self.task, self.transcript, self._cancel = Task(request, transcript), transcript, cancel
+        self.task, self.transcript, self._cancel = Task(request, transcript, drafter), transcript, cancel
         self.submitted = time.perf_counter()
         self.first: float | None = None
         """When its first piece came."""
@@ -152,6 +152,11 @@ class Ticket:
     def speculation(self) -> str:
         """ "on", or why nothing is drafted for it now."""
         return self._job.task.speculation
+
+    @property
+    def drafter(self) -> str:
+        """The name of what drafts for it."""
+        return self._job.task.drafter
 
     @property
     def cached_prompt_tokens(self) -> int:

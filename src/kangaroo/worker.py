@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kangaroo.errors import EngineClosed, QueueFull
-from kangaroo.scheduler import Scheduler, Step, Task
+from kangaroo.scheduler import Step, Task
+from kangaroo.schedulers import Schedulers
 from kangaroo.tickets import Job
 
 RATE_SECONDS = 10.0
@@ -108,7 +109,7 @@ class _Totals:
 class Worker:
     """The thread, and what it shares with callers. It holds no Engine, so that one that nobody holds can go."""
 
-    def __init__(self, scheduler: Scheduler, queue: int):
+    def __init__(self, scheduler: Schedulers, queue: int):
         self.scheduler, self._queue, self._totals = scheduler, queue, _Totals()
         self._jobs: dict[int, Job] = {}
         """Those under way, by the id of their task."""

@@ -64,9 +64,9 @@ class ScriptedEngine:
         self.decoder = SimpleNamespace(
             tokenizer=SimpleNamespace(backend=None),
             target=SimpleNamespace(fingerprint="a-b-c"),
-            drafter="scripted",
             eos=(0,),
         )
+        self.drafters = {"scripted": "scripted", "other": "other, max_draft=3"}
         self.closed = False
 
     def submit(self, prompt: Any, **arguments: Any) -> ScriptedTicket:

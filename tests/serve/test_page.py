@@ -118,7 +118,10 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 @pytest.fixture(scope="module")
 def live(decoder: Decoder) -> Iterator[Live]:
-    with pytest.MonkeyPatch.context() as patch, serving(engine_of(decoder, rows=4)) as found:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        serving(engine_of(decoder, rows=4, also=["prompt-lookup", "early-exit"])) as found,
+    ):
         patch.setattr(Load, "drafts", lambda self, rows: True)  # whether it pays, on a busy machine or not
         patch.setattr(Load, "pays", lambda self, rows: True)
         yield found
@@ -130,7 +133,7 @@ def test_why_nothing_is_drafted_is_said(visit: Any, live: Live, monkeypatch: pyt
     page = visit(live)
     ask(page, "Where?")
     finished(page)
-    expect(page.locator(".remark").first).to_contain_text("Drafting is off at present: too many rows.")
+    expect(page.locator(".remark").first).to_contain_text("Drafting is off at present: drafts do not pay at this load.")
     assert fact(page, "drafted") == "0 %"
     assert fact(page, "accepted") == "–"
 
@@ -232,6 +235,50 @@ def test_side_by_side_the_texts_are_the_same(visit: Any, live: Live, turns: str,
     assert fact(page, "tokens/round") == "1.00"
     assert float(fact(page, "tokens/round", 1)) > 1
     assert ("times the pace" in page.locator(".verdict").inner_text()) is (turns == "one after the other")
+
+
+def test_drafters_are_switched_and_compared(visit: Any, live: Live) -> None:
+    page = visit(live)
+    expect(page.locator("#model")).to_have_text("tiny")
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("Drafter").locator("option")).to_have_text(["kangaroo", "prompt-lookup", "early-exit"])
+    expect(page.locator("#drafter-hint")).to_contain_text("kangaroo, threshold=0.0, max_draft=3")
+    page.keyboard.press("Escape")
+    seen = []
+    page.on("request", lambda request: seen.append(request.post_data_json) if request.method == "POST" else None)
+    ask(page, "Where to?")
+    finished(page)
+    for name, longest in (("prompt-lookup", ""), ("early-exit", "1")):
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Drafter").select_option(name)
+        page.get_by_label("Tokens per draft").fill(longest)
+        expect(page.locator("#drafter-hint")).to_contain_text(name)
+        page.get_by_role("button", name="Done").click()
+        page.get_by_role("button", name="New").click()
+        ask(page, "Where to?")
+        finished(page)
+        assert (fact(page, "accepted"), name) != ("–", "early-exit"), "it drafts"
+    one_at_most = [int(column.inner_text()) for column in page.locator(".answer .bars > span").all()]
+    assert max(one_at_most) <= 2
+    page.reload()  # the choice is kept
+    page.get_by_text("Side by side", exact=True).click()
+    ask(page, "Where to?")
+    finished(page)
+    expect(page.locator(".answer h3")).to_have_text(["Plain", "Drafted by early-exit"])
+    expect(page.locator(".verdict")).to_contain_text("Identical")
+    asked = [(each["speculation"]["drafter"], each["speculation"]["max_draft"]) for each in seen]
+    assert asked == [("kangaroo", None), ("prompt-lookup", None), *[("early-exit", 1)] * 3]
+    assert [each["speculation"]["enabled"] for each in seen] == [True, True, True, False, True]
+
+
+def test_a_drafter_that_is_no_longer_offered_is_forgotten(visit: Any, live: Live) -> None:
+    page = visit(live)
+    page.evaluate("""localStorage.setItem("kangaroo", '{"drafter": "gone", "max_tokens": 5}')""")
+    page.reload()
+    ask(page, "Where?")
+    finished(page)
+    assert page.get_by_role("alert").count() == 0
+    assert page.locator("#drafter").input_value() == "kangaroo"
 
 
 def test_texts_that_differ_are_said_to(visit: Any) -> None:

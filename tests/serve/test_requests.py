@@ -61,6 +61,10 @@ def refusal(body: Any, kind: Any = ChatRequest) -> Refusal:
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"speculation": {"enabled": 1}}, "speculation.enabled", "boolean"),
         ({"speculation": {"enable": False}}, "speculation.enable", "not permitted"),
+        ({"speculation": {"x" * 5000: 1}}, "speculation." + "x" * 64, "not permitted"),
+        ({"speculation": {"drafter": 5}}, "speculation.drafter", "string"),
+        ({"speculation": {"max_draft": 0}}, "speculation.max_draft", "at least 1"),
+        ({"speculation": {"max_draft": 1.5}}, "speculation.max_draft", "integer"),
         ({"messages": []}, "messages", "at least one"),
         ({"messages": None}, "messages", "array"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "tool"),
@@ -194,6 +198,20 @@ def test_no_body_is_more_than_refused(live: Live, path: str, changes: dict[str, 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bytes_are_more_than_refused(live: Live, content: bytes) -> None:
     assert CLIENT.post(live.url + "/v1/completions", content=content).status_code == 400
+
+
+def test_drafters_are_listed_and_others_refused_by_name(live: Live) -> None:
+    listed = CLIENT.get(live.url + "/v1/models").json()["data"][0]["drafters"]
+    assert [each["id"] for each in listed] == ["scripted", "other"]
+    for path, body in PATHS.items():
+        for name, said in ((None, "scripted"), ("other", "other, max_draft=3")):
+            wants = {"speculation": {"drafter": name, "statistics": True}}
+            assert CLIENT.post(live.url + path, json=body | wants).json()["speculation"]["drafter"] == said
+        answer = CLIENT.post(live.url + path, json=body | {"speculation": {"drafter": "medusa" * 100}})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "speculation.drafter"
+        assert "scripted, other" in answer.json()["error"]["message"]
+        assert len(answer.json()["error"]["message"]) < 300
 
 
 def test_an_error_of_the_engine_names_the_field(live: Live) -> None:

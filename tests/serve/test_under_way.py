@@ -82,6 +82,27 @@ def test_a_client_that_reads_nothing_holds_nobody_up_and_fills_no_memory() -> No
         live.wait_until(lambda: stuck.cancelled_at is not None)
 
 
+def test_a_client_that_reads_nothing_for_long_is_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kangaroo.serve.events.STALLED", 0.3)
+    with scripted(*["x" * 50_000] * 400) as live:
+        body = json.dumps(ASKED | {"stream": True}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: {live.url[7:]}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as idle:
+            idle.sendall(head + body)
+            live.wait_until(lambda: bool(live.engine.tickets))
+            live.wait_until(lambda: live.engine.tickets[0].cancelled_at is not None)
+            assert live.engine.tickets[0].completion is None
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kangaroo.serve.app.STALLED", 0.3)
+    with scripted("a") as live, socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as half:
+        half.settimeout(5)
+        half.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {live.url[7:]}\r\nContent-Length: 100\r\n\r\n{{".encode())
+        assert half.recv(1000).startswith(b"HTTP/1.1 408")
+        assert not live.engine.tickets
+
+
 def test_a_full_queue_says_when_to_come_again() -> None:
     def full() -> list[str]:
         raise QueueFull("256 requests are waiting", 2.4)

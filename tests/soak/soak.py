@@ -28,6 +28,18 @@ from kangaroo.sampling import Sampling  # noqa: E402
 from little_model import FILES, TARGET  # noqa: E402
 
 OPENINGS = ("Once upon a time", "Can you help me", "The train to Oakland", "I would like", "What is", "Yes, and")
+DRAFTERS = ("kangaroo", "kangaroo+lookup", "prompt-lookup")
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+RULES: tuple[dict[str, Any], ...] = (
+    {"json": PERSON},
+    {"choice": ["yes, gladly", "no, thank you", "perhaps"]},
+    {"regex": "[A-Z][a-z]{2,9} (is|was) [a-z ]{3,20}[.]"},
+)
 LEAST_GROWTH = 128 << 20
 """Bytes by which memory may grow after the first quarter: what allocators keep."""
 
@@ -57,6 +69,10 @@ def kinds(chance: random.Random, count: int) -> list[dict[str, Any]]:
             "n": 2,
         }
         body |= {name: value for name, value in optional.items() if chance.random() < 0.2}
+        if chance.random() < 0.25:
+            body |= {"structured_outputs": chance.choice(RULES), "min_tokens": 0}
+            body.pop("ignore_eos", None)
+        body["speculation"]["drafter"] = chance.choice(DRAFTERS)
         found.append(body)
     return found
 
@@ -67,6 +83,9 @@ def alone(decoder: Decoder, body: dict[str, Any]) -> list[str]:
     given = {name: body[name] for name in (*names, "repetition_penalty") if name in body}
     bias = {int(token): value for token, value in body.get("logit_bias", {}).items()}
     others = {name: body[name] for name in ("max_tokens", "stop", "ignore_eos", "min_tokens", "n") if name in body}
+    if rules := body.get("structured_outputs"):
+        names = {"json": "json_schema", "choice": "choice", "regex": "regex"}
+        others["processor"] = decoder.grammar(**{names[name]: rule for name, rule in rules.items()})
     answers = decoder.generate([body["prompt"]], sampling=Sampling(**given, logit_bias=bias), **others)
     return [answer.text for answer in answers]
 
@@ -178,11 +197,17 @@ def main() -> int:
     parser.add_argument("--kinds", type=int, default=100, help="Different requests.")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="little", help="'little', the tests' own, or one that `load` takes.")
+    parser.add_argument("--adapter", help="Its adapter; 'demo' brings one.")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    decoder = load(TARGET, adapter=FILES["adapter"], dtype="float32")
+    if given.model == "little":
+        decoder = load(TARGET, adapter=FILES["adapter"], dtype="float32")
+    else:
+        decoder = load(given.model, adapter=given.adapter)
+    print(f"{decoder}, exactness {decoder.target.exactness.level}")
     bodies, watch = kinds(random.Random(given.seed), given.kinds), Watch()
-    with serving(engine_of(decoder, rows=given.rows)) as live:
+    with serving(engine_of(decoder, rows=given.rows, also=DRAFTERS[1:])) as live:
         httpx.post(live.url + "/v1/completions", json=bodies[0])
         watch.look()
         before, began = watch.samples[0], time.monotonic()
@@ -195,6 +220,8 @@ def main() -> int:
     plain = decoder.plain()
     wanted = {kind: alone(plain, bodies[kind]) for kind in {kind for kind, _ in tally.finished}}
     wrong = [kind for kind, texts in tally.finished if texts != wanted[kind]]
+    ruled = sum("structured_outputs" in bodies[kind] for kind, _ in tally.finished)
+    print(f"{ruled} of the answers followed a grammar")
     print(f"{len(tally.finished) - len(wrong)} of {len(tally.finished)} texts are those of the same request alone")
     for kind in wrong[:5]:
         print(f"differs: {json.dumps(bodies[kind])}")

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from kangaroo.cli.options import Drafter, ModelOptions, with_model_options
+from kangaroo.cli.options import ModelOptions, with_model_options
 from kangaroo.cli.terminal import notes
+from kangaroo.drafters import DRAFTERS, find_drafter
 from kangaroo.engine import Engine
 from kangaroo.errors import ConfigError
 
@@ -20,13 +21,21 @@ except ModuleNotFoundError as error:
     raise ConfigError(f"the server needs {error.name}: pip install 'kangaroo-decoding[serve]'") from None
 
 KEY = "KANGAROO_API_KEY"
+OFFERED = ("kangaroo", "kangaroo+lookup", "prompt-lookup")
+"""Without --drafter: what an adapter serves, and what needs none."""
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 @with_model_options
 def serve(
     options: ModelOptions,
-    drafter: Drafter = "kangaroo",
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated: requests may choose, the first is the default. Default: {', '.join(OFFERED)}. "
+            f"One of {', '.join(DRAFTERS)}."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8123,
     served_name: Annotated[str | None, typer.Option(help="What clients call the model. Default: its name.")] = None,
@@ -52,13 +61,16 @@ def serve(
         raise ConfigError(f"--drain must be in 0..86400 seconds, got {drain}")
     if largest_body < 1:
         raise ConfigError(f"--largest-body must be at least 1, got {largest_body}")
+    first, *others = dict.fromkeys(drafter or OFFERED)
+    for name in others:
+        find_drafter(name)  # a wrong name should not wait for the model to load
     hosts = [*LOCAL, *(allow_host or ())] if allow_host or host in LOOPBACK else None
     access = Access(key=_key(api_key_file), hosts=hosts, origins=allow_origin or (), largest_body=largest_body)
     name = served_name or (options.model if not Path(options.model).exists() else Path(options.model).resolve().name)
     listening = open_socket(host, port)
 
     def load() -> Engine:
-        return options.open(drafter).engine(rows=rows, queue=queue, capacity=capacity)
+        return options.open(first).engine(rows=rows, queue=queue, capacity=capacity, also=others)
 
     if host not in LOOPBACK and access.key is None:
         notes.print("there is no API key: whoever reaches this address may use the model", soft_wrap=True)
@@ -70,7 +82,7 @@ def serve(
         service,
         listening,
         drain,
-        ready=lambda: notes.print(f"ready: {name} with {service.engine.decoder.drafter}", soft_wrap=True),
+        ready=lambda: notes.print(f"ready: {name} with {'; '.join(service.engine.drafters.values())}", soft_wrap=True),
         access_log=access_log,
     )
 

@@ -82,6 +82,7 @@ class Choice(NamedTuple):
     files: tuple[str, ...]
     settings: Settings
     described: str
+    """Its name, and after a comma what is set."""
 
 
 def choose_drafter(drafter: DrafterChoice, settings: Settings) -> Choice:

@@ -135,7 +135,8 @@ class _Routes:
         fingerprint = f"fp_{decoder.target.fingerprint.rpartition('-')[2]}"
         reply = Reply(asked, self._service.name, fingerprint, decoder.tokenizer)
         headers = {"X-Request-Id": reply.id}
-        running = _Running(answers, reply, clock, self._metrics, decoder.drafter)
+        drafter = engine.drafters[asked.wants.drafter or next(iter(engine.drafters))]
+        running = _Running(answers, reply, clock, self._metrics, drafter)
         if asked.stream:
             return EventStream(running.events(self._access.keep_alive), headers)
         return JSONResponse(await unless_gone(request.receive, running.whole()), headers=headers)
@@ -158,7 +159,7 @@ class _Routes:
             "created": self._created,
             "owned_by": "kangaroo",
             "max_model_len": engine.capacity,
-            "drafter": engine.decoder.drafter,
+            "drafters": [{"id": name, "description": drafter} for name, drafter in engine.drafters.items()],
         }
 
     def _no_model(self, name: str, param: str | None = None) -> Refusal:

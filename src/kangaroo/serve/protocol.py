@@ -20,6 +20,8 @@ MOST_CHOICES = 128
 """Answers that one request may ask for, over all its prompts."""
 MOST_CANDIDATES = 20
 MOST_STOPS = 64
+LONGEST_NAME = 64
+"""Characters of a field's name, where a request has made one up, that an error repeats."""
 MOST_ENTRIES = 1024
 """Of `logit_bias` and of `stop_token_ids`."""
 DEFAULT_TOKENS = 16
@@ -77,11 +79,13 @@ class StreamOptions(_Strict):
 
 
 class Speculation(_Strict):
-    """`speculation`, an extension: whether to draft, and what the answer is to say of it."""
+    """`speculation`, an extension: whether to draft and with what, and what the answer is to say of it."""
 
     model_config = ConfigDict(extra="forbid")
 
     enabled: bool = True
+    drafter: str | None = None
+    max_draft: int | None = None
     statistics: bool = False
     tokens: bool = False
 
@@ -261,6 +265,9 @@ def to_call(asked: Asked) -> Call:
     ):
         if len(given) > most:
             raise Refusal(400, f"{name} may have {most} entries at most, got {len(given)}", name)
+    if asked.wants.max_draft is not None and not 1 <= asked.wants.max_draft < 2**63:
+        reason = f"must be at least 1, got {shown(asked.wants.max_draft)}; enabled: false drafts nothing"
+        raise Refusal(400, f"speculation.max_draft {reason}", "speculation.max_draft")
     arguments: dict[str, Any] = {
         "min_tokens": asked.min_tokens or 0,
         "stop": stop,
@@ -268,6 +275,8 @@ def to_call(asked: Asked) -> Call:
         "ignore_eos": bool(asked.ignore_eos),
         "logprobs": asked.candidates,
         "speculate": asked.wants.enabled,
+        "drafter": asked.wants.drafter,
+        "max_draft": asked.wants.max_draft,
     }
     plain = asked.response_format in (None, {"type": "text"})
     if not plain and asked.structured_outputs is not None:
@@ -340,5 +349,5 @@ def _param(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if (isinstance(part, str) and not part.isidentifier()) or part in ("str", "int"):
             break
-        path.append(str(part))
+        path.append(str(part)[:LONGEST_NAME])
     return ".".join(path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kangaroo.arguments import spread
+from kangaroo.checks import shown
 from kangaroo.engine import Engine
 from kangaroo.errors import EngineClosed, KangarooError, QueueFull
 from kangaroo.serve.events import cancel
@@ -111,7 +112,11 @@ def _forget(work: "asyncio.Future[Answers]") -> None:
 
 def _submit(engine: Engine, call: Call) -> Answers:
     """In a thread: prompts to tokens, requests to the engine; all of them or none."""
-    tickets = list[Ticket]()
+    tickets, drafter = list[Ticket](), call.arguments["drafter"]
+    if drafter not in (None, *engine.drafters):
+        offered = ", ".join(engine.drafters)
+        message = f"speculation.drafter must be one of {offered}, which are offered here, got {shown(drafter)}"
+        raise Refusal(400, message, "speculation.drafter")
     prompts = [engine.encode(prompt) for prompt in call.prompts]
     for prompt in prompts:
         if len(prompt) >= engine.capacity:

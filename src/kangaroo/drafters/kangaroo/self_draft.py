@@ -16,8 +16,8 @@ from kangaroo.model import Target, check_exit_layer
 from kangaroo.state import Committed, State, arranged
 from kangaroo.tree import Draft, Placement, place_at
 
-MOST_UNSEEN = 32
-"""Tokens that wait for the adapter at most, while nothing is drafted."""
+MOST_UNSEEN = 256
+"""Tokens that wait for the adapter at most, while nothing is drafted: most rows end before it has to run for them."""
 
 
 class SelfDraft:
@@ -29,7 +29,10 @@ class SelfDraft:
         self.taps = () if adapter is None else (exit_layer,)
         self.cache_layers: tuple[LayerShape, ...] = () if adapter is None else adapter.cache_layers
         self.vocabulary = None if adapter is None else adapter.vocabulary
-        self._unseen: tuple[Tensor, Tensor] | None = None
+        self._unseen: list[tuple[Tensor, Tensor]] = []
+        """States [B, N, D] that wait for the adapter, and their positions [B, N]."""
+        self._contiguous = True
+        """Whether those are the last tokens of one row, each once: rows that grow unequally hold repeated columns."""
 
     @property
     def weight_share(self) -> float:
@@ -54,13 +57,11 @@ class SelfDraft:
         if self.adapter is None:
             return self.target.logits(self.target.norm(x))
         nodes = x.shape[1]
-        if self._unseen is not None:
-            states, positions = self._unseen
+        if self._unseen:
+            states, positions = self._take_unseen()
             x = torch.cat([states, x], 1)
-            # Rows that grew unequally hold repeated columns: only a row alone is known to be contiguous.
-            start = None if where.start is None or len(x) > 1 else where.start - states.shape[1]
+            start = where.start - states.shape[1] if where.start is not None and self._contiguous else None
             where = place_at(torch.cat([positions, where.positions], 1), where.mask.shape[-1], start=start)
-            self._unseen = None
         y = self.adapter(x, where, state.cache)
         return self.adapter.logits(y[:, -nodes:])
 
@@ -76,30 +77,34 @@ class SelfDraft:
         last = max(map(len, committed.text))
         # Columns past a shorter row's last repeat it: run again there, to the same effect.
         if ran < last:
-            new = x[:, ran:last], committed.where.positions[:, ran:last]
             # A round that drafted nothing has left what waited before it waiting still.
-            old = self._unseen
-            self._unseen = new if old is None else (torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1))
-            if self._unseen[0].shape[1] >= MOST_UNSEEN:
-                states, positions = self._unseen
+            self._contiguous = state.batch == 1 and (not self._unseen or self._contiguous)
+            self._unseen.append((x[:, ran:last], committed.where.positions[:, ran:last]))
+            if sum(states.shape[1] for states, _ in self._unseen) >= MOST_UNSEEN:
+                states, positions = self._take_unseen()
                 self.adapter(states, place_at(positions, state.longest + 1), state.cache)
-                self._unseen = None
+
+    def _take_unseen(self) -> tuple[Tensor, Tensor]:
+        """What waits for the adapter, which will wait no longer."""
+        states, positions = zip(*self._unseen, strict=True)
+        self._unseen = []
+        return torch.cat(states, 1), torch.cat(positions, 1)
 
     def _forget(self, rows: Tensor | None, state: State) -> None:
         """What waits for the adapter belongs to requests that have left these rows (None: all)."""
-        if self._unseen is None or rows is None or len(rows) == state.batch:
-            self._unseen = None
+        if not self._unseen or rows is None or len(rows) == state.batch:
+            self._unseen = []
             return
-        states, positions = self._unseen
-        positions = positions.clone()
+        states, positions = self._take_unseen()
         positions[rows] = state.cache.slots - 1  # no row and no draft reaches the last slot
-        self._unseen = states, positions
+        self._unseen = [(states, positions)]
 
     def arrange(self, rows: Sequence[int]) -> None:
         """What waits for the adapter stays with its row; for a new row that is its first token, which will come."""
-        if self._unseen is not None:
-            states, positions = self._unseen
-            self._unseen = arranged(states, rows), arranged(positions, rows)
+        if self._unseen:
+            states, positions = self._take_unseen()
+            self._unseen = [(arranged(states, rows), arranged(positions, rows))]
+            self._contiguous = False  # a row that is alone now may not have been so
 
 
 ADAPTER_SETTINGS = ("adapter", "allow_other_target")

@@ -3,7 +3,7 @@
 
 const DEFAULTS = {
   temperature: 0, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: 256, seed: 1, system: "",
-  draft: true, turns: "together", marks: true, theme: "system",
+  draft: true, drafter: "", max_draft: null, turns: "together", marks: true, theme: "system",
 };
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"];
 const EXAMPLES = [
@@ -18,7 +18,7 @@ const $ = (id) => document.getElementById(id);
 const messages = [];
 let settings = { ...DEFAULTS, ...stored("kangaroo") };
 let running = null; // the AbortController of the answers being written
-let drafter = "the server’s drafter";
+let drafters = []; // what the server offers, its default first
 
 function stored(name) {
   try {
@@ -67,20 +67,33 @@ async function connect() {
       return;
     }
     const card = (await found.json()).data[0];
-    drafter = card.drafter;
+    drafters = card.drafters;
     model.textContent = card.id;
-    model.title = `${card.id}, up to ${card.max_model_len} tokens, drafter: ${card.drafter}`;
-    $("drafter").textContent = `What drafts: ${card.drafter}. The server is started with it; it changes the pace, never the text.`;
+    model.title = `${card.id}, up to ${card.max_model_len} tokens`;
+    $("drafter").replaceChildren(...drafters.map(({ id }) => new Option(id, id)));
+    choose();
   } catch {
     model.textContent = "the server does not answer";
     setTimeout(connect, 2 * POLL_MS);
   }
 }
 
+function chosen() {
+  return drafters.find(({ id }) => id === settings.drafter) ?? drafters[0];
+}
+
+function choose() {
+  const { id, description } = chosen() ?? {};
+  if (!id) return;
+  $("drafter").value = id;
+  $("drafter-hint").textContent = `It drafts with ${description}. That changes the pace, never the text.`;
+}
+
 function body(draft, seed) {
   const asked = { messages: settings.system ? [{ role: "system", content: settings.system }, ...messages] : messages };
   for (const name of NUMBERS) asked[name] = settings[name];
-  return { ...asked, seed, stream: true, speculation: { enabled: draft, statistics: true, tokens: true } };
+  const speculation = { enabled: draft, drafter: chosen()?.id, max_draft: settings.max_draft };
+  return { ...asked, seed, stream: true, speculation: { ...speculation, statistics: true, tokens: true } };
 }
 
 async function* events(response) {
@@ -286,7 +299,7 @@ async function single(text) {
 }
 
 async function compare(text) {
-  const plain = new Answer("Plain"), ours = new Answer(`Drafted by ${drafter.split(",")[0]}`), own = seed();
+  const plain = new Answer("Plain"), ours = new Answer(`Drafted by ${chosen()?.id ?? "the server"}`), own = seed();
   const turn = begin(text, [plain, ours], "turn pair"), signal = running.signal;
   if (settings.turns === "turns") {
     await plain.read(body(false, own), signal);
@@ -370,6 +383,8 @@ function paint() {
 function fill() {
   for (const name of NUMBERS) $(name).value = settings[name];
   $("seed").value = settings.seed ?? "";
+  $("max_draft").value = settings.max_draft ?? "";
+  choose();
   $("system").value = settings.system;
   $("draft").checked = settings.draft;
   $("marks").checked = settings.marks;
@@ -388,13 +403,15 @@ function take() {
     return;
   }
   for (const name of NUMBERS) settings[name] = $(name).value === "" ? DEFAULTS[name] : Number($(name).value);
-  settings.seed = $("seed").value === "" ? null : Number($("seed").value);
+  for (const name of ["seed", "max_draft"]) settings[name] = $(name).value === "" ? null : Number($(name).value);
+  settings.drafter = $("drafter").value || settings.drafter;
   settings.system = $("system").value;
   settings.draft = $("draft").checked;
   settings.marks = $("marks").checked;
   settings.turns = document.querySelector("input[name=turns]:checked").value;
   keep();
   paint();
+  choose();
 }
 
 function openSettings(id = "") {

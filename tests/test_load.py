@@ -1,0 +1,125 @@
+"""Whether drafts pay is found out at little cost, on machines and texts that are made up."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from kangaroo.load import SHORT, Load
+
+STEPS = 3
+
+
+class Machine:
+    """Rounds on a machine where a drafted token costs `price` plain rounds, and is accepted with a probability."""
+
+    def __init__(self, price: float, chance: float, seed: int = 0, noise: float = 0.05, steps: int = STEPS):
+        self.load, self.price, self.chance, self.noise, self.steps = Load(), price, chance, noise, steps
+        self.drafted = 0
+        self.tokens = self.seconds = 0.0
+        """In those of plain rounds."""
+        self._random = random.Random(seed)
+
+    def run(self, rounds: int, rows: Callable[[int], int] = lambda number: 16) -> "Machine":
+        """So many rounds, of as many rows as `rows` says."""
+        for number in range(rounds):
+            self._round(rows(number))
+        return self
+
+    def _round(self, rows: int) -> None:
+        drafting = self.load.drafts(rows)
+        most = self.load.most(rows)
+        steps = (self.steps if most is None else min(most, self.steps)) * drafting
+        lengths = [next((k for k in range(steps) if self._random.random() >= self.chance), steps) for _ in range(rows)]
+        tokens = rows + sum(lengths)
+        seconds = (1 + self.price * steps) * max(0.5, self._random.gauss(1, self.noise))
+        self.load.learn(rows, drafting, tokens, steps, seconds * (1 + rows / 10))
+        self.drafted += drafting
+        self.tokens, self.seconds = self.tokens + tokens / rows, self.seconds + seconds
+
+    @property
+    def pace(self) -> float:
+        """Against plain rounds alone."""
+        return self.tokens / self.seconds
+
+
+def gain(chance: float) -> float:
+    """Tokens that a round brings."""
+    return sum(chance**k for k in range(STEPS + 1))
+
+
+@pytest.mark.parametrize("rounds", [128, 1000, 5000])
+@pytest.mark.parametrize("price", [0.3, 0.5, 2.0])
+def test_looking_whether_drafts_pay_costs_little_where_they_do_not(price: float, rounds: int) -> None:
+    runs = [Machine(price, 0.5 if price < 2 else 0.1, seed).run(rounds) for seed in range(40_000 // (2000 + rounds))]
+    mean = sum(run.pace for run in runs) / len(runs)
+    assert mean > (0.97 if price < 2 or rounds > 128 else 0.85)
+    assert all(not run.load.pays(16) for run in runs) or price == 0.3
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_where_they_pay_they_are_made(rows: int) -> None:
+    for seed in range(20):
+        run = Machine(0.15, 0.6, seed).run(500, lambda _: rows)
+        assert run.pace > 0.95 * gain(0.6) / (1 + 0.15 * STEPS)
+        assert run.load.price(rows) == pytest.approx(0.15, abs=0.1)
+
+
+def test_short_drafts_are_made_where_only_they_pay() -> None:
+    for seed in range(10):
+        run = Machine(0.3, 0.6, seed, steps=8)
+        assert run.run(3000).load.most(16) == SHORT
+        assert run.pace > 0.97 * (1 + 0.6 + 0.36) / 1.6
+        assert Machine(0.1, 0.8, seed, steps=5).run(300).load.most(16) is None
+
+
+def test_a_first_look_at_long_drafts_is_cheap() -> None:
+    runs = [Machine(0.58, 0.4, seed, steps=6).run(130) for seed in range(20)]
+    assert sum(run.pace for run in runs) / len(runs) > 0.98
+
+
+def test_trials_become_rarer_the_more_they_cost() -> None:
+    near, far = (Machine(price, 0.5).run(6000) for price in (0.45, 0.9))
+    assert 3 < far.drafted < near.drafted < 200
+
+
+def test_a_text_that_becomes_easier_or_harder_is_noticed() -> None:
+    run = Machine(0.3, 0.1).run(300)
+    assert not run.load.pays(16)
+    run.chance = 0.9
+    assert run.run(3000).load.pays(16)
+    run.chance = 0.1
+    before = run.drafted
+    assert not run.run(40).load.pays(16), "at once: what drafts bring is seen in every round"
+    assert run.drafted - before < 20
+
+
+def test_rows_that_come_and_go_are_no_hindrance() -> None:
+    chance = random.Random(5)
+    run = Machine(0.6, 0.5).run(400, lambda number: min(16, 1 + number // 2) - chance.choice((0, 0, 0, 1)) or 1)
+    assert not run.load.pays(16)
+    assert run.pace > 0.93
+
+
+@pytest.mark.parametrize(("chance", "pays"), [(0.7, True), (0.2, False)])
+def test_fewer_rows_speak_for_more(chance: float, pays: bool) -> None:
+    run = Machine(1 / 3, chance, noise=0).run(2000, lambda _: 8)
+    assert run.load.pays(8) is pays
+    assert run.load.price(8) == pytest.approx(1 / 3)
+    assert (run.drafted > 1950) if pays else (run.drafted < 100)
+    assert run.load.pays(4), "with fewer rows they may pay"
+    assert run.load.pays(9) is pays, "with more they hardly do"
+
+
+def test_numbers_that_rows_pass_through_are_not_tried() -> None:
+    run = Machine(0.5, 0.5).run(60, lambda number: 3 + number // 6)
+    assert run.drafted == 0
+    assert run.load.pays(8), "nobody knows yet"
+
+
+def test_a_drafter_that_proposes_nothing_is_left_to_it() -> None:
+    load = Load()
+    for _ in range(1000):
+        load.learn(4, load.drafts(4), 4, 0, 0.1)
+    assert load.pays(4)
+    assert load.price(4) is None
