@@ -1,37 +1,23 @@
 """Exported drafts in the engines they are for, on SmolLM2 with the shipped adapter (`make test-engines`).
 
 KANGAROO_ENGINE_PROMPTS and KANGAROO_ENGINE_TOKENS ask for more than the quick form does. What an engine accepts and
-takes is printed: `pytest -s`.
+takes is printed: `pytest -s`. Speed is measured by speed.py beside this file.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from engines import FIXED, Answers, Request, ask_llama_cpp, ask_openvino, ask_transformers, ask_vllm
-from kangaroo import demo
+from engines import ENGINES, FIXED, NotInstalled, Setup, write_models
 from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.decoder import load
-from kangaroo.demo.smollm2 import find_package_file, smollm2
-from kangaroo.exchange.export import export
-from kangaroo.exchange.gguf import write_gguf
-from kangaroo.exchange.launch import GGUF_FILE
-from kangaroo.loading import load_model, load_tokenizer
+from kangaroo.loading import load_tokenizer
 
 pytestmark = pytest.mark.engines
 PROMPTS = int(os.environ.get("KANGAROO_ENGINE_PROMPTS", "6"))
 TOKENS = int(os.environ.get("KANGAROO_ENGINE_TOKENS", "32"))
-ASK: dict[str, Callable[[Request], Answers]] = {
-    "transformers": ask_transformers,
-    "llama.cpp": ask_llama_cpp,
-    "openvino": ask_openvino,
-    "vllm": ask_vllm,
-}
-READS_GGUF = {"llama.cpp": torch.float32, "openvino": torch.float16}
-"""In which precision; OpenVINO reads no files of single precision, and computes in it all the same."""
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +26,6 @@ def prompts() -> list[list[int]]:
     chosen = interleave_kinds(read_prompts())[:PROMPTS]
     texts = [tokenizer.apply_chat_template(p.messages, add_generation_prompt=True, tokenize=False) for p in chosen]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-
-
-def write_models(engine: str, place: Path) -> tuple[Path, Path]:
-    """Target and draft as the engine reads them, to be computed in single precision: no two tokens are equally good."""
-    if engine not in READS_GGUF:
-        export(demo.ADAPTER, "transformers", place / "draft", dtype="float32")
-        return smollm2(), place / "draft"
-    kind = READS_GGUF[engine]
-    export(demo.ADAPTER, "llama.cpp", place / "draft", dtype=str(kind).removeprefix("torch."))
-    write_gguf(load_model("demo", kind), place / "target.gguf", load_tokenizer("demo"), find_package_file())
-    return place / "target.gguf", place / "draft" / GGUF_FILE
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +37,25 @@ def ours(prompts: list[list[int]]) -> float:
     return accepted / drafted
 
 
-@pytest.mark.parametrize("engine", ASK)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_engines_text_is_its_own_and_it_accepts_what_we_do(
     engine: str, prompts: list[list[int]], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    """In single precision: no two tokens are equally good there."""
+    run = ENGINES[engine]
     target, draft = write_models(engine, tmp_path)
-    plain = ASK[engine](Request(target=target, draft=None, prompts=prompts, tokens=TOKENS))
-    drafted = ASK[engine](Request(target=target, draft=draft, prompts=prompts, tokens=TOKENS))
+    try:
+        with run(Setup(target=target, draft=None, tokens=TOKENS)) as ask:
+            plain = [ask(prompt) for prompt in prompts]
+    except NotInstalled as reason:
+        pytest.skip(str(reason))
+    with run(Setup(target=target, draft=draft, tokens=TOKENS)) as ask:
+        drafted = [ask(prompt) for prompt in prompts]
     ours: float = request.getfixturevalue("ours")
-    share = drafted.accepted / drafted.drafted
-    print(
-        f"\n{engine}: accepted {share:.3f} of {drafted.drafted} drafted (Kangaroo {ours:.3f}); "
-        f"{plain.seconds:.1f} s without, {drafted.seconds:.1f} s with: {plain.seconds / drafted.seconds:.2f} times"
-    )
-    assert [len(answer) for answer in plain.tokens] == [TOKENS] * len(prompts)
-    assert drafted.tokens == plain.tokens
+    total = sum(answer.drafted for answer in drafted)
+    share = sum(answer.accepted for answer in drafted) / total
+    equal = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
+    print(f"\n{engine}: {equal} of {len(prompts)} texts equal; {share:.3f} of {total} accepted (Kangaroo {ours:.3f})")
+    assert [len(answer.tokens) for answer in plain] == [TOKENS] * len(prompts)
+    assert equal == len(prompts)
     assert share == pytest.approx(ours, rel=0.05)
