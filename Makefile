@@ -100,13 +100,13 @@ $(ENGINES)-vllm/.installed: Makefile
 test-engines: $(STAMP) $(ENGINES)/.installed $(if $(VLLM),$(ENGINES)-vllm/.installed) ## exported drafts in the engines they are for
 	$(BIN)/pytest tests/engines -m engines -s $(ARGS)
 
-# The oldest torch and transformers that are supported; TORCH names the build to take, since the package index may only
-# serve those with several GB of accelerator packages.
+# The oldest torch and transformers that are supported. The package index may serve that torch with accelerator packages
+# only, 5 GB once installed; TORCH names another build: make test-lowest TORCH="torch==2.11.0 --index-url ..."
 LOWEST := .venv-lowest
 $(LOWEST)/.installed: pyproject.toml Makefile
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m $(PIP_ENGINE) $(if $(filter-out torch,$(TORCH)),$(TORCH),torch==2.11.0)
-	@$(LOWEST)/bin/python -m $(PIP_ENGINE) transformers==5.17.0 --editable '.[gguf]' pytest pytest-xdist hypothesis
+	@$(LOWEST)/bin/python -m $(PIP_ENGINE) torch==2.11.0 transformers==5.17.0 --editable '.[datastore,devices,gguf]' pytest pytest-xdist hypothesis
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed ## the core tests with the oldest torch and transformers that are supported
