@@ -41,7 +41,7 @@ def main() -> None:
             options["draft_model"] = openvino_genai.draft_model(folder, "CPU", **exact)
         pipeline = openvino_genai.LLMPipeline(converted(setup["target"], Path(place) / "target"), "CPU", **options)
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens, config.do_sample, config.ignore_eos = setup["tokens"], False, True
+        config.max_new_tokens, config.do_sample = setup["tokens"], False
         if setup["draft"]:
             config.num_assistant_tokens = setup["draft_tokens"]
         print(json.dumps({"ready": True}), file=answers)

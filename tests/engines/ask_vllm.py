@@ -32,7 +32,7 @@ def main() -> None:
             "num_speculative_tokens": setup["draft_tokens"],
         }
     engine = LLM(setup["target"], max_num_seqs=1, enable_prefix_caching=False, **options)
-    greedy = SamplingParams(temperature=0, max_tokens=setup["tokens"], ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=setup["tokens"])
     print(json.dumps({"ready": True}), file=answers)
     before = {"draft": 0, "accepted": 0}
     for line in sys.stdin:

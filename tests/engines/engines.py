@@ -40,7 +40,10 @@ class NotInstalled(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A target, what drafts for it, and how; greedy, past any end of the text, on one thread."""
+    """A target, what drafts for it, and how; greedy, on one thread, to the end of the text or so many tokens.
+
+    Past the end engines differ: some write on, some forbid the token that ends it.
+    """
 
     target: str
     draft: str | None
@@ -85,7 +88,7 @@ def run_transformers(setup: Setup) -> Iterator[Ask]:
     """Assisted generation, in this process."""
     dtype = getattr(torch, setup.dtype)
     target = AutoModelForCausalLM.from_pretrained(setup.target, dtype=dtype)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": setup.tokens, "min_new_tokens": setup.tokens}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": setup.tokens}
     proposed: list[int] = []
     if setup.draft is not None:
         assistant = AutoModelForCausalLM.from_pretrained(setup.draft, dtype=dtype)
@@ -102,7 +105,7 @@ def run_transformers(setup: Setup) -> Iterator[Ask]:
         output = target.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
         seconds, rounds = time.perf_counter() - began, len(proposed)
         drafted = sum(proposed) - rounds - len(prompt) + 1 if rounds else 0
-        accepted = setup.tokens - rounds if rounds else 0
+        accepted = len(output) - rounds if rounds else 0
         return Answer(tokens=output, seconds=seconds, drafted=drafted, accepted=accepted)
 
     yield ask
@@ -124,7 +127,7 @@ def run_llama_cpp(setup: Setup) -> Iterator[Ask]:
     with serving(words) as address:
 
         def ask(prompt: list[int]) -> Answer:
-            body = {"prompt": prompt, "n_predict": setup.tokens, "temperature": 0, "ignore_eos": True}
+            body = {"prompt": prompt, "n_predict": setup.tokens, "temperature": 0}
             began = time.perf_counter()
             done = post(f"{address}/completion", body | {"return_tokens": True, "cache_prompt": False})
             seconds, counts = time.perf_counter() - began, done["timings"]

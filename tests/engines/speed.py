@@ -43,7 +43,7 @@ def main() -> None:
                 pairs.append((plain(prompt), second))
             else:
                 pairs.append((plain(prompt), drafted(prompt)))
-    print(json.dumps(_facts(pairs, wanted.tokens), indent=2))
+    print(json.dumps(_facts(pairs), indent=2))
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -69,9 +69,9 @@ def _prompts(questions: Path, count: int) -> list[list[int]]:
     return [prompt for prompt in ids if len(prompt) <= LONGEST][:count]
 
 
-def _facts(pairs: Sequence[tuple[Answer, Answer]], tokens: int) -> dict[str, object]:
+def _facts(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, object]:
     drafted, accepted = (sum(getattr(second, name) for _, second in pairs) for name in ("drafted", "accepted"))
-    written = tokens * len(pairs)
+    written = sum(len(second.tokens) for _, second in pairs)
     seconds = [sum(pair[side].seconds for pair in pairs) for side in (0, 1)]
     return {
         "prompts": len(pairs),

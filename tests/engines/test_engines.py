@@ -15,11 +15,13 @@ from kangaroo import demo
 from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder, load
 from kangaroo.exchange.export import export
-from kangaroo.loading import load_tokenizer
+from kangaroo.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.engines
 PROMPTS = int(os.environ.get("KANGAROO_ENGINE_PROMPTS", "6"))
 TOKENS = int(os.environ.get("KANGAROO_ENGINE_TOKENS", "32"))
+TIE = 1e-3
+"""Logits, of 25 or so, that single precision may put in either order."""
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +42,31 @@ def ours(prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("ours") / "draft"
     export(demo.ADAPTER, "transformers", folder, dtype="float32")
     decoder = load("demo", dtype=torch.float32, exact=False, max_draft=FIXED, threshold=0.0)
-    exported = decoder.with_drafter("draft-model", draft_model=folder, max_draft=FIXED, threshold=0.0)
+    fixed = {"first_draft": FIXED, "max_draft": FIXED, "adaptive": False}
+    exported = decoder.with_drafter("draft-model", draft_model=folder, **fixed)
     return _share(exported, prompts), _share(decoder, prompts)
 
 
 def _share(decoder: Decoder, prompts: list[list[int]]) -> float:
-    answers = [decoder.generate([p], max_tokens=TOKENS, ignore_eos=True)[0] for p in prompts]
+    answers = [decoder.generate([p], max_tokens=TOKENS)[0] for p in prompts]
     drafted, accepted = (sum(getattr(a.stats, name) for a in answers) for name in ("drafted", "accepted"))
     return accepted / drafted
+
+
+@torch.inference_mode()
+def _gap(prompt: list[int], first: list[int], second: list[int]) -> float:
+    """By how much the target prefers one over the other, in double precision, where two texts part."""
+    place = next(n for n, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    target = load_model("demo", torch.float64)
+    logits = target(torch.tensor([[*prompt, *first[:place]]])).logits[0, -1]
+    return abs(float(logits[first[place]] - logits[second[place]]))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_engines_text_is_its_own_and_it_accepts_what_we_do(
     engine: str, prompts: list[list[int]], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """In single precision: no two tokens are equally good there."""
+    """In single precision, so that texts part only where the engine's own rounding decides."""
     run = ENGINES[engine]
     target, draft = write_models(engine, tmp_path)
     try:
@@ -64,14 +76,13 @@ def test_the_engines_text_is_its_own_and_it_accepts_what_we_do(
         pytest.skip(str(reason))
     with run(Setup(target=target, draft=draft, tokens=TOKENS)) as ask:
         drafted = [ask(prompt) for prompt in prompts]
-    exported, adapter = request.getfixturevalue("ours")
+    texts = [(p, a.tokens, b.tokens) for p, a, b in zip(prompts, plain, drafted, strict=True)]
+    gaps = [_gap(*text) for text in texts if text[1] != text[2]]
     total = sum(answer.drafted for answer in drafted)
     share = sum(answer.accepted for answer in drafted) / total
-    equal = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
-    print(
-        f"\n{engine}: {equal} of {len(prompts)} texts equal; {share:.3f} of {total} drafted tokens accepted "
-        f"(in Kangaroo {exported:.3f}, as an adapter {adapter:.3f})"
-    )
-    assert [len(answer.tokens) for answer in plain] == [TOKENS] * len(prompts)
-    assert equal == len(prompts)
+    print(f"\n{engine}: {len(texts) - len(gaps)} of {len(texts)} texts equal, gaps of the others {gaps};")
+    exported, adapter = request.getfixturevalue("ours")
+    print(f"{share:.3f} of {total} drafted tokens accepted; in Kangaroo {exported:.3f}, as an adapter {adapter:.3f}")
+    assert max(len(answer.tokens) for answer in plain) == TOKENS
+    assert all(gap < TIE for gap in gaps)
     assert share == pytest.approx(exported, rel=0.05)
