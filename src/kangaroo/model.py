@@ -72,6 +72,8 @@ class Target:
         """
         self.model, self.config = model.eval(), model.config.get_text_config()
         self._refuse_what_cannot_work()
+        if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("eager")  # older transformers chose the other, which leaves the soft-cap out
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
         self._run_as: list[Any] = [with_fused_norms(layer) for layer in self.layers]

@@ -1,9 +1,11 @@
-"""Run by openvino-genai's own environment: a request on standard input, the answers on standard output.
+"""Run by openvino-genai's environment: a setup on standard input, then prompts; an answer to each on standard output.
 
-It reads GGUF files, and a draft once it has been converted to OpenVINO's own format beside its file.
+It reads GGUF files, and a draft once it has been converted to OpenVINO's own format beside its file. The first line
+that comes back says that the engine is ready.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -12,8 +14,6 @@ from pathlib import Path
 import numpy
 import openvino
 import openvino_genai
-
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
 
 
 def converted(file: str, folder: Path) -> str:
@@ -25,30 +25,36 @@ def converted(file: str, folder: Path) -> str:
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the engine prints itself is no answer
+    setup = json.loads(sys.stdin.readline())
+    kind = {"float32": "f32", "bfloat16": "bf16"}[setup["dtype"]]
+    exact = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 1}
     with tempfile.TemporaryDirectory() as place:
-        options = dict(EXACT)
+        options = dict(exact)
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = 1
+        scheduler.enable_prefix_caching = False
         options["scheduler_config"] = scheduler
-        if request["draft"]:
-            folder = converted(request["draft"], Path(place) / "draft")
-            options["draft_model"] = openvino_genai.draft_model(folder, "CPU", **EXACT)
-        pipeline = openvino_genai.LLMPipeline(converted(request["target"], Path(place) / "target"), "CPU", **options)
+        if setup["draft"]:
+            folder = converted(setup["draft"], Path(place) / "draft")
+            options["draft_model"] = openvino_genai.draft_model(folder, "CPU", **exact)
+        pipeline = openvino_genai.LLMPipeline(converted(setup["target"], Path(place) / "target"), "CPU", **options)
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens, config.do_sample, config.ignore_eos = request["tokens"], False, True
-        if request["draft"]:
-            config.num_assistant_tokens = request["draft_tokens"]
-        answers, drafted, accepted, began = [], 0, 0, time.perf_counter()
-        for prompt in request["prompts"]:
-            done = pipeline.generate(openvino.Tensor(numpy.array([prompt], dtype=numpy.int64)), config)
-            answers.append(list(done.tokens[0]))
-            if request["draft"]:
+        config.max_new_tokens, config.do_sample = setup["tokens"], False
+        if setup["draft"]:
+            config.num_assistant_tokens = setup["draft_tokens"]
+        print(json.dumps({"ready": True}), file=answers)
+        for line in sys.stdin:
+            began = time.perf_counter()
+            done = pipeline.generate(openvino.Tensor(numpy.array([json.loads(line)], dtype=numpy.int64)), config)
+            facts = {"tokens": list(done.tokens[0]), "seconds": time.perf_counter() - began}
+            if setup["draft"]:
                 metrics = done.extended_perf_metrics
-                accepted += metrics.get_num_accepted_tokens()
-                drafted += metrics.draft_model_metrics.get_num_generated_tokens()
-        seconds = time.perf_counter() - began
-    print(json.dumps({"tokens": answers, "seconds": seconds, "drafted": drafted, "accepted": accepted}))
+                facts["accepted"] = metrics.get_num_accepted_tokens()
+                facts["drafted"] = metrics.draft_model_metrics.get_num_generated_tokens()
+            print(json.dumps(facts), file=answers)
 
 
-main()
+if __name__ == "__main__":
+    main()

