@@ -18,8 +18,6 @@ from kangaroo.errors import ModelError
 from kangaroo.passes import PROMPT_ROWS, Attention, Pass, current
 
 NAME = "kangaroo"
-OWN = ("sdpa", "eager")
-"""Implementations of transformers that take masks of any kind, and that ours can stand in for."""
 _HONOURED = {"scaling", "softcap", "s_aux", "position_ids", "sliding_window", "is_causal", "use_cache"}
 """What a family may hand to its attention beyond the common arguments. Windows are in the mask already."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kangaroo.errors import ModelError
 
@@ -18,6 +19,8 @@ FAMILIES = frozenset(
 )
 LEAST_CONTEXT = 8
 """Tokens that a model must be able to see to be tried at all."""
+OWN = ("sdpa", "eager")
+"""Implementations of transformers that take masks of any kind, and that ours can stand in for."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Families without layer types that look through `sliding_window` in every layer.
 WINDOWED_THROUGHOUT = frozenset({"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"})
@@ -25,6 +28,29 @@ LIKE_LLAMA = {"llama", "mistral", "qwen2"}
 """Families whose layers are Llama's, but for biases and windows."""
 # Families that rotate keys and queries in their sliding layers only: an adapter needs a layer that knows positions.
 ROTARY_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
+
+
+def refuse_what_cannot_work(model: PreTrainedModel, config: Any) -> None:
+    """Raise ModelError unless a model is a stack of layers that can be driven one by one and takes any mask."""
+    implementation = config._attn_implementation
+    if implementation not in OWN:
+        raise ModelError(
+            f"attention implementation {implementation!r} cannot take tree masks; load the model with "
+            'attn_implementation="sdpa" (or "eager")'
+        )
+    base = model.base_model
+    parts = hasattr(base, "layers") and hasattr(base, "rotary_emb") and hasattr(model, "lm_head")
+    if not parts or not (hasattr(base, "norm") or hasattr(base, "final_layernorm")):
+        raise ModelError(
+            f"{config.model_type} models are not supported: their decoder is not a plain stack of layers with "
+            f"a rotary embedding. Supported families: {', '.join(sorted(FAMILIES))}"
+        )
+
+
+def keep_soft_cap(model: PreTrainedModel, config: Any) -> None:
+    """Older transformers give models with a soft-cap an attention that leaves it out: take the other."""
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def layer_kinds(config: Any, layers: int) -> list[str]:

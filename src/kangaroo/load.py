@@ -13,8 +13,6 @@ PAIRS, EVIDENCE = 2, 16
 """Pairs of rounds, and drafts, by which a trial judges."""
 SHORT, FEW = 2, 2
 """Tokens of drafts that tell whether any pay, as the first bring most; and rows that need not be so careful."""
-PASSING = 8
-"""Rounds of more rows than that before the first trial: numbers that rows only pass through are not tried."""
 HOPELESS = -0.5
 """Plain rounds' tokens that a round with drafts may lose: beyond that, half a trial is enough."""
 SHARE = 0.005
@@ -97,7 +95,7 @@ class _Size:
         """A round is over: end the trial, begin the next, or see that drafts no longer pay."""
         if self.due:
             self.due -= 1
-            if self.pays and self.decided and self.advantage < 0:
+            if self.pays and self.advantage < 0:
                 self.pays, self.due = False, LEAST
                 self.overdrawn, self.most = self.most is None, SHORT
             elif not self.due:
@@ -121,7 +119,7 @@ class Load:
 
     def _of(self, rows: int) -> _Size:
         exponent = (rows - 1).bit_length()
-        size = self._sizes.setdefault(exponent, _Size(True, *((0, None) if rows <= FEW else (PASSING, SHORT))))
+        size = self._sizes.setdefault(exponent, _Size(True, 0, None if rows <= FEW else SHORT))
         # Where drafts do not pay with fewer rows, they will hardly do so with more.
         if (
             not size.decided
@@ -134,7 +132,7 @@ class Load:
     def drafts(self, rows: int) -> bool:
         """Whether the next round, of so many rows, is to draft."""
         size = self._of(rows)
-        return size.pays and size.decided if size.due else size.last is None or size.pairs >= PAIRS
+        return size.pays if size.due else size.last is None or size.pairs >= PAIRS
 
     def pays(self, rows: int) -> bool:
         """Whether drafts pay, trials aside."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kangaroo.attention import OWN, make_steady
+from kangaroo.attention import make_steady
 from kangaroo.cache import KVCache, LayerShape, check_room
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.families import (
@@ -27,8 +27,10 @@ from kangaroo.families import (
     SLIDING,
     context_limit,
     embedding_scale,
+    keep_soft_cap,
     layer_kinds,
     lengthened,
+    refuse_what_cannot_work,
     scale_logits,
 )
 from kangaroo.fingerprint import fingerprint, is_readable
@@ -71,9 +73,8 @@ class Target:
         captured as CUDA graphs; "auto": where they can be. Raises ConfigError if something cannot be had.
         """
         self.model, self.config = model.eval(), model.config.get_text_config()
-        self._refuse_what_cannot_work()
-        if getattr(self.config, "attn_logit_softcapping", None) and self.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("eager")  # older transformers chose the other, which leaves the soft-cap out
+        refuse_what_cannot_work(model, self.config)
+        keep_soft_cap(model, self.config)
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
         self._run_as: list[Any] = [with_fused_norms(layer) for layer in self.layers]
@@ -306,21 +307,6 @@ class Target:
             where.derived[key] = (attention_mask(where, x.dtype, way, window), *rotary)
         blocked, cos, sin = where.derived[key]
         return {"attention_mask": blocked, "position_ids": where.positions, "position_embeddings": (cos, sin)}
-
-    def _refuse_what_cannot_work(self) -> None:
-        implementation = self.config._attn_implementation
-        if implementation not in OWN:
-            raise ModelError(
-                f"attention implementation {implementation!r} cannot take tree masks; load the model with "
-                'attn_implementation="sdpa" (or "eager")'
-            )
-        base = self.model.base_model
-        parts = hasattr(base, "layers") and hasattr(base, "rotary_emb") and hasattr(self.model, "lm_head")
-        if not parts or not (hasattr(base, "norm") or hasattr(base, "final_layernorm")):
-            raise ModelError(
-                f"{self.config.model_type} models are not supported: their decoder is not a plain stack of layers with "
-                f"a rotary embedding. Supported families: {', '.join(sorted(FAMILIES))}"
-            )
 
     @torch.no_grad()
     def _check(self) -> None:
