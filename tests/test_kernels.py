@@ -1,5 +1,6 @@
 """Compiled kernels: what the layers say that they stand for, with the same bits in any company."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError
 from kangaroo.families import LIKE_LLAMA
 from kangaroo.fused import OneCall
-from kangaroo.kernels import Kernels
+from kangaroo.kernels import COMPILERS, Kernels
 from kangaroo.linears import PackedLinear
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
@@ -27,6 +28,7 @@ from oracle import GREEDY
 from runs import PROMPTS, generate_ids
 from tiny import EXIT, build, make_adapter
 
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 
