@@ -250,7 +250,7 @@ class Scheduler:
         if kept:
             self._rearrange(kept, count)
         else:
-            self._live = None  # its memory is free for the rows to come
+            self.rest()  # what they had is free for the rows to come
             self._seated = [self._waiting.popleft() for _ in range(count)]
             if count:
                 self._begin([task.request for task in self._seated])

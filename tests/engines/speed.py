@@ -7,18 +7,20 @@ Questions are in any form that `kangaroo bench` reads; without a file, they are 
 
 import argparse
 import json
-import random
-import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from engines import ENGINES, Answer, Setup, write_models
 from kangaroo import demo
 from kangaroo.bench.formats import read_questions
 from kangaroo.bench.questions import in_running_order
+from kangaroo.bench.report.statistics import interval, resample_totals
 from kangaroo.loading import load_tokenizer
+from kangaroo.text import Tokenizer
 
 LONGEST = 1024
 """Tokens of a prompt; longer ones are left out, as they would time the prefill."""
@@ -61,18 +63,17 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _prompts(questions: Path, count: int) -> list[list[int]]:
-    tokenizer = load_tokenizer("demo")
+    tokenizer = Tokenizer(load_tokenizer("demo"))
     asked = in_running_order(read_questions(questions.read_bytes(), str(questions)))
-    dialogues = (question.conversation([]) for question in asked)
-    texts = (tokenizer.apply_chat_template(d, add_generation_prompt=True, tokenize=False) for d in dialogues)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = (tokenizer.encode(question.conversation([])) for question in asked)
     return [prompt for prompt in ids if len(prompt) <= LONGEST][:count]
 
 
 def _facts(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, object]:
     drafted, accepted = (sum(getattr(second, name) for _, second in pairs) for name in ("drafted", "accepted"))
     written = sum(len(second.tokens) for _, second in pairs)
-    seconds = [sum(pair[side].seconds for pair in pairs) for side in (0, 1)]
+    taken = np.array([[answer.seconds for answer in pair] for pair in pairs])
+    seconds, totals = taken.sum(0), resample_totals(taken)
     return {
         "prompts": len(pairs),
         "texts equal": sum(first.tokens == second.tokens for first, second in pairs),
@@ -82,18 +83,8 @@ def _facts(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, object]:
         "share accepted": round(accepted / drafted, 3) if drafted else None,
         "emitted a round": round(written / (written - accepted), 2),
         "speed-up": round(seconds[0] / seconds[1], 3),
-        "95 % of resamples": [round(value, 3) for value in _interval(pairs)],
+        "95 % of resamples": [round(value, 3) for value in interval(totals[:, 0] / totals[:, 1])],
     }
-
-
-def _interval(pairs: Sequence[tuple[Answer, Answer]]) -> tuple[float, float]:
-    """Of the speed-up, resampling prompts."""
-    chance, ratios = random.Random(0), []
-    for _ in range(2000):
-        some = chance.choices(pairs, k=len(pairs))
-        ratios.append(sum(first.seconds for first, _ in some) / sum(second.seconds for _, second in some))
-    cuts = statistics.quantiles(ratios, n=40)
-    return cuts[0], cuts[-1]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.decoder import Decoder, load
 from kangaroo.exchange.export import export
 from kangaroo.loading import load_model, load_tokenizer
+from kangaroo.text import Tokenizer
 
 pytestmark = pytest.mark.engines
 PROMPTS = int(os.environ.get("KANGAROO_ENGINE_PROMPTS", "6"))
@@ -26,10 +27,8 @@ TIE = 1e-3
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer("demo")
-    chosen = interleave_kinds(read_prompts())[:PROMPTS]
-    texts = [tokenizer.apply_chat_template(p.messages, add_generation_prompt=True, tokenize=False) for p in chosen]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokenizer = Tokenizer(load_tokenizer("demo"))
+    return [tokenizer.encode(chosen.messages) for chosen in interleave_kinds(read_prompts())[:PROMPTS]]
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,13 @@ Script = Sequence[str | float | Exception]
 class ScriptedTicket:
     """A ticket that follows a script."""
 
-    def __init__(self, script: Script):
+    def __init__(self, script: Script, drafter: str):
         self._script: Iterator[str | float | Exception] = iter(script)
         self._texts = [each for each in script if isinstance(each, str)]
         self._index, self._cancelled = 0, asyncio.Event()
         self.completion: Completion | None = None
         self.stats, self.speculation, self.cached_prompt_tokens = Stats(), "on", 0
+        self.drafter = drafter
         self.cancelled_at: float | None = None
 
     def cancel(self) -> None:
@@ -73,7 +74,7 @@ class ScriptedEngine:
         if self.closed:
             raise EngineClosed("closed")
         script = self.script() if callable(self.script) else self.script
-        self.tickets.append(ScriptedTicket(script))
+        self.tickets.append(ScriptedTicket(script, arguments["drafter"] or next(iter(self.drafters))))
         return self.tickets[-1]
 
     def encode(self, prompt: Any) -> list[int]:

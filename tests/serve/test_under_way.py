@@ -63,13 +63,27 @@ def test_a_client_that_leaves_is_noticed_at_once(stream: bool) -> None:
         assert live.engine.tickets[0].cancelled_at - left < 0.2
 
 
+@contextmanager
+def posting(live: Live, body: bytes, length: int) -> Iterator[socket.socket]:
+    """A connection on which a chat request has been sent, as far as `body` goes of `length` bytes."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {live.url[7:]}\r\nContent-Length: {length}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head + body)
+        yield connection
+
+
+@contextmanager
+def silent_reader(live: Live) -> Iterator[None]:
+    """A client that has asked for a stream, which has begun, and reads nothing of it."""
+    body = json.dumps(ASKED | {"stream": True}).encode()
+    with posting(live, body, len(body)):
+        live.wait_until(lambda: bool(live.engine.tickets))
+        yield
+
+
 def test_a_client_that_reads_nothing_holds_nobody_up_and_fills_no_memory() -> None:
     with scripted(*["x" * 50_000] * 400) as live:
-        body = json.dumps(ASKED | {"stream": True}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: {live.url[7:]}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as idle:
-            idle.sendall(head + body)
-            live.wait_until(lambda: bool(live.engine.tickets))
+        with silent_reader(live):
             time.sleep(0.3)
             stuck = live.engine.tickets[0]
             taken = stuck.stats.emitted
@@ -84,21 +98,15 @@ def test_a_client_that_reads_nothing_holds_nobody_up_and_fills_no_memory() -> No
 
 def test_a_client_that_reads_nothing_for_long_is_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kangaroo.serve.events.STALLED", 0.3)
-    with scripted(*["x" * 50_000] * 400) as live:
-        body = json.dumps(ASKED | {"stream": True}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: {live.url[7:]}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as idle:
-            idle.sendall(head + body)
-            live.wait_until(lambda: bool(live.engine.tickets))
-            live.wait_until(lambda: live.engine.tickets[0].cancelled_at is not None)
-            assert live.engine.tickets[0].completion is None
+    with scripted(*["x" * 50_000] * 400) as live, silent_reader(live):
+        live.wait_until(lambda: live.engine.tickets[0].cancelled_at is not None)
+        assert live.engine.tickets[0].completion is None
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kangaroo.serve.app.STALLED", 0.3)
-    with scripted("a") as live, socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as half:
+    with scripted("a") as live, posting(live, b"{", 100) as half:
         half.settimeout(5)
-        half.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {live.url[7:]}\r\nContent-Length: 100\r\n\r\n{{".encode())
         assert half.recv(1000).startswith(b"HTTP/1.1 408")
         assert not live.engine.tickets
 

@@ -135,7 +135,7 @@ class _Routes:
         fingerprint = f"fp_{decoder.target.fingerprint.rpartition('-')[2]}"
         reply = Reply(asked, self._service.name, fingerprint, decoder.tokenizer)
         headers = {"X-Request-Id": reply.id}
-        drafter = engine.drafters[asked.wants.drafter or next(iter(engine.drafters))]
+        drafter = engine.drafters[answers.tickets[0].drafter]
         running = _Running(answers, reply, clock, self._metrics, drafter)
         if asked.stream:
             return EventStream(running.events(self._access.keep_alive), headers)
