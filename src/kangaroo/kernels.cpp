@@ -1,15 +1,20 @@
 // Linears and whole layers of Llama's kind for CPUs, in one order of additions whatever else is computed with a row.
 //
 // Weights are read once, from start to end, in panels: for one panel of results, all terms, a vector of results at a
-// time. Every result is one chain of fused multiply-adds over the terms, in their order, in single precision. Neither
-// the number of rows, nor the place of a row among them, nor the number of threads is part of that, so a token gets
-// the same bits in every pass. Attention goes through what a token sees in the order of positions, and through nothing
+// time. Every result is one chain of fused multiply-adds over the terms, in their order, in single precision; a
+// processor with instructions for pairs of bfloat16 (AVX512-BF16) takes a pair of terms at a time, and its inputs
+// rounded to bfloat16. Neither the number of rows, nor the place of a row among them, nor the number of threads is part
+// of that, so a token gets the same bits in every pass. Attention goes through what a token sees in the order of positions, and through nothing
 // else, so that the extent of a cache and the shape of a draft are no part of it either.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -21,15 +26,20 @@ constexpr int LANES = 4, TILE = 8;
 constexpr int LANES = 8, TILE = 4;
 #endif
 constexpr int PANEL = 2 * LANES;
-constexpr int AHEAD = 16;  // steps that weights are asked for before they are needed
+constexpr int AHEAD = 64;  // steps that weights are asked for before they are needed
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint16_t Bfloat;
+#if defined(__AVX512BF16__)
+template <class T> using Input = T;  // what a product takes, for weights of type T
+#else
+template <class T> using Input = float;
+#endif
 
-inline Floats spread(float x) { return Floats{} + x; }
+inline Floats spread(float x) { return x - Floats{}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // contracted: see the compiler's options
 
 inline float widen(float x) { return x; }
@@ -52,9 +62,15 @@ inline Floats load(const Bfloat *from) {
 inline void store(Floats x, float *to) { *(Floats *)to = x; }
 
 inline float total(Floats x) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float sums[LANES];
+    store(x, sums);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
+#endif
 }
 
 // e^x after Cephes' expf: 2^n e^r with |r| <= ln 2 / 2; what underflows is zero.
@@ -90,6 +106,23 @@ template <int ROWS> inline void panel(const float *x, long inner, const float *w
         }
     }
 }
+#if defined(__AVX512BF16__)
+template <int ROWS> inline void panel(const Bfloat *x, long inner, const Bfloat *w, Floats (*sums)[2]) {
+    for (long k = 0; k < inner; k += 2, w += 2 * PANEL) {
+        __builtin_prefetch(w + 2 * AHEAD * PANEL);
+        __builtin_prefetch(w + 2 * AHEAD * PANEL + PANEL);
+        __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + PANEL);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            int32_t both;
+            memcpy(&both, x + r * inner + k, sizeof both);
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
+            sums[r][0] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][0], first, pair);
+            sums[r][1] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][1], second, pair);
+        }
+    }
+}
+#else
 template <int ROWS> inline void panel(const float *x, long inner, const Bfloat *w, Floats (*sums)[2]) {
     for (long k = 0; k < inner; k += 2, w += 2 * PANEL) {
         __builtin_prefetch(w + 2 * AHEAD * PANEL);
@@ -107,10 +140,11 @@ template <int ROWS> inline void panel(const float *x, long inner, const Bfloat *
             }
     }
 }
+#endif
 
 // Rows of x [ROWS, inner] times one panel of weights -> results from column `at` on of y [ROWS, outer].
 template <int ROWS, class T>
-inline void tile(const float *x, long inner, const T *w, const T *bias, long at, long outer, float *y) {
+inline void tile(const Input<T> *x, long inner, const T *w, const T *bias, long at, long outer, float *y) {
     Floats sums[ROWS][2] = {};
     panel<ROWS>(x, inner, w, sums);
     long count = outer - at < PANEL ? outer - at : PANEL;
@@ -124,13 +158,13 @@ inline void tile(const float *x, long inner, const T *w, const T *bias, long at,
 
 // x [rows, inner] times weights [outer, inner] in panels -> y [rows, outer]; an odd `inner` is filled up in bfloat16.
 template <class T>
-void multiply(const float *x, long rows, long inner, const T *w, const T *bias, long outer, float *y, int threads) {
+void multiply(const Input<T> *x, long rows, long inner, const T *w, const T *bias, long outer, float *y, int threads) {
     long panels = (outer + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long p = 0; p < panels; p++) {
         const T *part = w + p * PANEL * inner;
         for (long r = 0; r < rows; r += TILE) {
-            const float *from = x + r * inner;
+            const Input<T> *from = x + r * inner;
             float *to = y + r * outer;
             switch (rows - r < TILE ? rows - r : TILE) {
                 case 1: tile<1>(from, inner, part, bias, p * PANEL, outer, to); break;
@@ -186,6 +220,19 @@ template <class T> void rotate(float *x, const T *cos, const T *sin, long dim) {
     }
 }
 
+// So many vectors of the values that a node sees, each times its weight, summed in the order of positions.
+template <int VECTORS, class T>
+inline void mix(const T *values, long stride, const std::vector<int64_t> &seen, const float *weights, float *out) {
+    Floats sums[VECTORS] = {};
+    for (size_t i = 0; i < seen.size(); i++) {
+        const T *value = values + seen[i] * stride;
+        Floats weight = spread(weights[i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[v] = fma(load(value + v * LANES), weight, sums[v]);
+    }
+    for (int v = 0; v < VECTORS; v++) store(sums[v], out + v * LANES);
+}
+
 // One node, one head of keys and values, and the `group` heads of queries that share it.
 template <class T>
 void attend(const float *queries, const T *keys, const T *values, const std::vector<int64_t> &seen, long stride,
@@ -213,15 +260,10 @@ void attend(const float *queries, const T *keys, const T *values, const std::vec
             sums += weight;
         }
         float share = 1.0f / total(sums);
-        for (long d = 0; d < dim; d += LANES) store(Floats{}, out + g * dim + d);
-        for (long i = 0; i < count; i++) {
-            const T *value = values + seen[i] * stride;
-            Floats weight = spread(weights[i] * share);
-            for (long d = 0; d < dim; d += LANES) {
-                float *to = out + g * dim + d;
-                store(fma(load(value + d), weight, load(to)), to);
-            }
-        }
+        for (long i = 0; i < count; i++) weights[i] *= share;
+        long d = 0;
+        for (; d + 4 * LANES <= dim; d += 4 * LANES) mix<4>(values + d, stride, seen, weights, out + g * dim + d);
+        for (; d < dim; d += LANES) mix<1>(values + d, stride, seen, weights, out + g * dim + d);
     }
 }
 
@@ -235,7 +277,16 @@ template <class T> std::vector<int64_t> visible(const View &view, long row) {
 }
 
 template <class T> void apply(const Linear &linear, const float *x, long rows, float *y, int threads) {
-    multiply(x, rows, linear.inner, (const T *)linear.weight, (const T *)linear.bias, linear.outer, y, threads);
+    std::vector<Input<T>> rounded;
+    const Input<T> *from;
+    if constexpr (std::is_same_v<Input<T>, float>) {
+        from = x;
+    } else {
+        rounded.resize(rows * linear.inner);
+        for (long i = 0; i < rows * linear.inner; i++) narrow(x[i], &rounded[i]);
+        from = rounded.data();
+    }
+    multiply(from, rows, linear.inner, (const T *)linear.weight, (const T *)linear.bias, linear.outer, y, threads);
 }
 
 template <class T> void layer(const Layer &one, const View &view, const T *x, T *y, T *keys, T *values) {
