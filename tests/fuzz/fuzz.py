@@ -4,6 +4,7 @@ Prints what fails, at its simplest, and how many cases there were.
 """
 
 import argparse
+import resource
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -21,6 +23,8 @@ from place import Place, models_kept  # noqa: E402
 from targets import TARGETS  # noqa: E402
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
+MEMORY = 4 * 10**9
+"""Bytes beyond what there was at the start at which a case fails, instead of the machine."""
 
 
 def fuzz(place: Place, name: str, *, cases: int, number: int | None) -> None:
@@ -57,6 +61,8 @@ def main() -> int:
     until = began + 60 * given_.minutes
     with tempfile.TemporaryDirectory() as folder:
         place, turn = Place(Path(folder)), given_.seed
+        most = psutil.Process().memory_info().data + MEMORY
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         names = given_.only or list(TARGETS)
         while time.monotonic() < until and failed != set(names):
             turn += 1
