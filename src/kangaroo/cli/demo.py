@@ -7,7 +7,7 @@ import typer
 from kangaroo.bench.check import Divergence, find_divergence
 from kangaroo.bench.compare import Pair, compare
 from kangaroo.bench.questions import interleave_kinds, read_prompts
-from kangaroo.cli.options import Json, MaxTokens, ModelOptions, Threads
+from kangaroo.cli.options import Compile, Json, MaxTokens, ModelOptions, Threads
 from kangaroo.cli.terminal import comparison_facts, print_json, progress, show_comparison, stream_answer
 from kangaroo.decoder import Decoder
 from kangaroo.sampling import Sampling
@@ -18,10 +18,11 @@ def demo(
     max_tokens: MaxTokens = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     threads: Threads = None,
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Answer held-out prompts with the demo model, with Kangaroo and without, and compare texts and speed."""
-    decoder = ModelOptions(threads=threads).open("kangaroo+lookup")
+    decoder = ModelOptions(threads=threads, compile=compiled).open("kangaroo+lookup")
     chosen = interleave_kinds(read_prompts(split="held-out"))[:prompts]
     sampling = Sampling(temperature=temperature, seed=1)
     if not as_json:

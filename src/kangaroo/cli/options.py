@@ -17,6 +17,7 @@ from kangaroo.loading import DTYPES
 from kangaroo.machine import MOST_THREADS
 
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: by a short trial.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile kernels for this CPU; needs a C++ compiler.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 MaxTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 Drafter = Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.")]
@@ -45,9 +46,7 @@ class ModelOptions:
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model on the hub.")
     ] = False
     threads: Threads = None
-    compile: Annotated[bool, typer.Option("--compile", help="Compile kernels for this CPU; needs a C++ compiler.")] = (
-        False
-    )
+    compile: Compile = False
     exact: Annotated[bool, typer.Option(help="The same bits with drafts and without, where this machine can.")] = True
 
     def open(self, drafter: str) -> Decoder:
