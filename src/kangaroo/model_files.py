@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
@@ -17,6 +17,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
     set_verbosity,
     set_verbosity_error,
+    tqdm,
 )
 
 from kangaroo.errors import ModelError
@@ -68,6 +69,8 @@ def reading_model(what: str, name: str | Path) -> Iterator[None]:
 def quietly() -> Iterator[None]:
     """No bars and no warnings: what they warn of is an error here, or looked for elsewhere."""
     bars, verbosity = is_progress_bar_enabled(), get_verbosity()
+    # The reader of GGUF files has a bar that transformers' switch for bars does not reach.
+    modeling_gguf_pytorch_utils.tqdm = tqdm
     disable_progress_bar()
     set_verbosity_error()
     try:
