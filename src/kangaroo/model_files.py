@@ -1,6 +1,7 @@
 """Models and tokenizers as folders: what transformers would stumble over is found, and said, first."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ TABLES = (
     "special_tokens_map.json",
     "model.safetensors.index.json",
 )
+MOST_LAYERS = 10_000
+"""Of a model: to count the weights of more takes minutes."""
 _OF_LOADERS = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError, RuntimeError, TypeError),
     *(ValueError, HFValidationError, SafetensorError, StrictDataclassError),
@@ -74,7 +77,9 @@ def quietly() -> Iterator[None]:
     disable_progress_bar()
     set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         set_verbosity(verbosity)
         if bars:
@@ -89,6 +94,9 @@ def check_size(name: str | Path, dtype: torch.dtype | None, **options: Any) -> N
     if not is_folder(Path(name)):
         return
     config = AutoConfig.from_pretrained(name, **options)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > MOST_LAYERS:
+        raise ModelError(f"{name_path(name)}/config.json describes {layers:,} layers; {MOST_LAYERS:,} are the most")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
     numbers = sum(parameter.numel() for parameter in model.parameters())
