@@ -115,6 +115,6 @@ def _must_be_a_folder(name: str) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    """What an error says, on one line: its first, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
