@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import enable_progress_bar
 
 from chat_model import save_chat_model
 from kangaroo.decoder import load
@@ -89,11 +90,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.inference_mode()
-def test_a_gguf_file_holds_the_model_that_was_written(folder: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_holds_the_model_that_was_written(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = write_gguf(tmp_path / "model.gguf", folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.arange(20)[None] + 5
+    capfd.readouterr()
+    enable_progress_bar()
     read = load_model(path, torch.float32)
+    load_model(folder, torch.float32)
+    assert capfd.readouterr() == ("", ""), "a library shows no bars"
     assert torch.allclose(read(tokens).logits, model(tokens).logits, atol=1e-5)
 
 

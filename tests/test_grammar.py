@@ -38,6 +38,7 @@ from tiny import build
 llguidance = pytest.importorskip("llguidance", reason="needs the grammar extra")
 from_tokenizer = pytest.importorskip("llguidance.hf").from_tokenizer
 
+HALF = "\ud800"
 BEYOND = 305
 """Entries of the model: a few more than the tokenizer has tokens."""
 PERSON: dict[str, Any] = {
@@ -292,6 +293,8 @@ def test_min_tokens_and_a_complete_grammar_leave_nothing() -> None:
         ({"choice": "yes"}, "list of texts"),
         ({"choice": ["a", 1]}, "list of texts"),
         ({"lark": "start: foo"}, "unknown name"),
+        *((rules, "surrogate") for rules in ({"regex": HALF}, {"choice": [HALF]}, {"lark": HALF})),
+        ({"json_schema": {"const": HALF}}, "json_schema cannot be compiled"),
     ],
 )
 def test_grammars_that_cannot_be(rules: dict[str, Any], named: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import kangaroo.kernels
+from command import invoke
 from kangaroo.decoder import load
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
@@ -24,6 +25,7 @@ from kangaroo.linears import PackedLinear
 from kangaroo.model import Target
 from kangaroo.sampling import Sampling
 from kangaroo.tree import Placement, place, place_at, place_chain
+from little_model import TARGET
 from oracle import GREEDY
 from runs import PROMPTS, generate_ids
 from tiny import EXIT, build, make_adapter
@@ -203,7 +205,7 @@ def _failing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="scripts have another form there")
 @pytest.mark.parametrize("break_it", [_no_compiler, _absent, _failing])
 def test_without_a_compiler_it_is_refused_in_one_line(
-    break_it: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    break_it: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kangaroo.kernels._compiled.cache_clear()
     reason = break_it(monkeypatch, tmp_path)
@@ -212,6 +214,10 @@ def test_without_a_compiler_it_is_refused_in_one_line(
     assert reason in str(refused.value)
     assert "leave compile out" in str(refused.value)
     assert "\n" not in str(refused.value)
+    options = ("--model", str(TARGET), "--dtype", "float32", "--threads", "1", "--drafter", "none", "--compile")
+    capfd.readouterr()
+    assert invoke("generate", *options, "--prompt", "x") == 2
+    assert capfd.readouterr().err.splitlines() == [f"error: {refused.value}"]
 
 
 def test_it_is_for_what_it_knows() -> None:

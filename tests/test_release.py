@@ -17,7 +17,10 @@ from little_model import ADAPTER, TARGET
 pytest.importorskip("hatchling", reason="the package hatchling, which builds releases, is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 20_000_000
-SHIPPED = ("kangaroo/demo/adapter/adapter.safetensors", "kangaroo/demo/prompts.jsonl", "kangaroo/py.typed")
+SHIPPED = (
+    *("kangaroo/demo/adapter/adapter.safetensors", "kangaroo/demo/prompts.jsonl"),
+    *("kangaroo/kernels.cpp", "kangaroo/py.typed"),
+)
 
 
 def run(*command: str | Path, where: Path = ROOT) -> str:

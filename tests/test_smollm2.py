@@ -1,6 +1,10 @@
 """The real model's way from its package into the cache folder; the package itself is not needed here."""
 
+import errno
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 from importlib.metadata import PackageNotFoundError, PackagePath
 from pathlib import Path
@@ -8,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from chat_model import save_chat_model
 from kangaroo.demo import smollm2 as module
 from kangaroo.demo.smollm2 import DIGESTS, NAME, smollm2
 from kangaroo.errors import CapacityError, ModelError
@@ -59,6 +64,47 @@ def test_two_at_once_convert_once(package: Path, conversions: list[Path], tmp_pa
         thread.join()
     assert len(found) == 4
     assert len(conversions) == 1
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from kangaroo.demo import smollm2
+source, home = map(Path, sys.argv[1:])
+convert = smollm2._convert
+def told(source, folder):
+    folder.with_name(f".{folder.name}.part").mkdir(exist_ok=True)
+    print("converts", flush=True)
+    input()
+    convert(source, folder)
+smollm2._convert, smollm2.find_package_file = told, lambda: source
+print(smollm2.smollm2(home))
+smollm2._check(home / smollm2.NAME)
+"""
+
+
+def test_processes_convert_once_and_do_without_one_that_is_killed(tmp_path: Path) -> None:
+    """Three of them: the first is killed in the middle, while the others wait for it."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from test_gguf import write_gguf
+
+    source = write_gguf(tmp_path / "model.gguf", save_chat_model(tmp_path / "chat") / "target")
+    command, pipe = [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "cache")], subprocess.PIPE
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    first = begin()
+    assert first.stdout is not None
+    assert first.stdout.readline() == "converts\n"
+    others = [begin(), begin()]
+    first.kill()
+    first.communicate()
+    said = [other.communicate("\n") for other in others]
+    assert [other.returncode for other in others] == [0, 0], said
+    folder = f"{tmp_path / 'cache' / NAME}\n"
+    assert sorted(said) == [(folder, ""), (f"converts\n{folder}", "")], "without a bar or a warning"
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_what_a_killed_run_left_is_replaced(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +160,15 @@ def test_a_cache_that_cannot_be_written(package: Path, conversions: list[Path], 
         smollm2(tmp_path / "file" / "cache")
 
 
-def test_a_disk_that_is_full(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_is_full_or_read_only(
+    number: int, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module, "_convert", full)
-    with pytest.raises(CapacityError, match="No space left"):
+    monkeypatch.setattr(module, "_convert", refuse)
+    with pytest.raises(CapacityError, match=f"{os.strerror(number)}.*KANGAROO_CACHE"):
         smollm2(tmp_path / "cache")
     assert not (tmp_path / "cache" / NAME).exists()
 

@@ -50,7 +50,7 @@ class Arguments:
         need_type("ignore_eos", self.ignore_eos, bool)
         need_type("speculate", self.speculate, bool)
         if self.max_draft is not None and need_whole("max_draft", self.max_draft, largest=2**63 - 1) < 1:
-            raise ConfigError(f"max_draft must be at least 1, got {self.max_draft}; speculate=False drafts nothing")
+            raise ConfigError(f"max_draft must be at least 1, got {self.max_draft}; to draft nothing, do not speculate")
         if not _are_ids(self.stop_token_ids):
             raise ConfigError(f"stop_token_ids is a list of token ids, got {shown(self.stop_token_ids)}")
         if not isinstance(self.logprobs, Logprobs | int | None):

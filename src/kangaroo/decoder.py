@@ -44,12 +44,15 @@ class Decoder:
         eos: Sequence[int],
         files: Mapping[str, str | Path] | None = None,
         *,
-        drafter: str = "one's own",
+        drafter_name: str = "one's own",
+        drafter: str | None = None,
         allow_other_target: bool = False,
     ):
-        """`files` are those that came with the model: for drafters whose settings do not name their own."""
+        """`files` are those that came with the model: for drafters whose settings do not name their own. `drafter` is
+        what is drafted with, in words: its name, unless more is to be said."""
         self.target, self.make_drafter, self.tokenizer, self.eos = target, make_drafter, tokenizer, tuple(eos)
-        self.files, self.drafter, self.allow_other_target = dict(files or {}), drafter, allow_other_target
+        self.drafter_name, self.drafter = drafter_name, drafter or drafter_name
+        self.files, self.allow_other_target = dict(files or {}), allow_other_target
 
     def __repr__(self) -> str:
         target = self.target
@@ -76,6 +79,7 @@ class Decoder:
             self.tokenizer,
             self.eos,
             self.files,
+            drafter_name=choice.name,
             drafter=choice.described,
             allow_other_target=self.allow_other_target,
         )

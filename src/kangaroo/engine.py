@@ -32,6 +32,7 @@ class Answering(Protocol):
     make_drafter: Callable[[], Drafter]
     tokenizer: Tokenizer
     eos: tuple[int, ...]
+    drafter_name: str
     drafter: str
     """What is drafted with, in words: its name, and after a comma what is set."""
 
@@ -69,7 +70,7 @@ class Engine:
         self.drafters: dict[str, str] = {}
         """Those that a request may choose, the one it gets if it chooses none first: by name, in words."""
         for one in (decoder, *also):
-            name = one.drafter.partition(",")[0]
+            name = one.drafter_name
             if one.target is not target:
                 raise ConfigError(f"the decoder with {one.drafter} has another target: make it with with_drafter")
             if name in makers:
@@ -143,9 +144,7 @@ class Engine:
     def _submit(
         self, prompts: Sequence[Prompt], arguments: Arguments, drafter: str | None, *, patient: bool
     ) -> list[Ticket]:
-        decoder, drafter = self.decoder, next(iter(self.drafters)) if drafter is None else drafter
-        if drafter not in list(self.drafters):
-            raise ConfigError(f"drafter must be one of {', '.join(self.drafters)}, got {shown(drafter)}")
+        decoder, drafter = self.decoder, choose([*self.drafters], drafter)
         with self._encoding:
             tokens = encode_all(prompts, decoder.tokenizer)
         requests = [check_request(request, decoder.target, decoder.eos) for request in arguments.requests(tokens)]
@@ -176,6 +175,14 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(None if error is None else 0.0)
+
+
+def choose(offered: Sequence[str], drafter: object) -> str:
+    """The drafter of that name, or for None the first. Raises ConfigError for one that is not offered."""
+    found = offered[0] if drafter is None else drafter
+    if found not in offered:
+        raise ConfigError(f"drafter must be one of {', '.join(offered)}, got {shown(drafter)}")
+    return str(found)
 
 
 def _capacity(target: Target, drafters: Sequence[Drafter], rows: int, asked: int | None) -> int:

@@ -58,7 +58,10 @@ class Grammar:
         if len(chosen) != 1:
             raise ConfigError(f"a grammar is one of {', '.join(KINDS)}, got {' and '.join(chosen) or 'none'}")
         self.kind = chosen[0]
-        rules = _rules(self.kind, given[self.kind])
+        try:
+            rules = _rules(self.kind, given[self.kind])
+        except ValueError as error:  # half of a surrogate pair, which is no text
+            raise ConfigError(f"{self.kind} cannot be compiled: {_reason(str(error))}") from None
         self._ends = tuple(ends)
         self._vocabulary = _vocabulary(tokenizer, self._ends)
         is_error, messages = _llguidance().LLMatcher.validate_grammar_with_warnings(rules, self._vocabulary)

@@ -23,7 +23,10 @@ def load_tokenizer(name: str | Path, revision: str | None = None, *, trust_remot
     options = {} if revision is None else {"revision": revision}
     found = _find(name)
     with reading_model("a tokenizer", found):
-        return AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trust_remote_code, **options)
+    if not isinstance(tokenizer.model_max_length, int | float):  # which is only looked at when a text is read
+        raise ModelError(f"the tokenizer's model_max_length is a number, got {shown(tokenizer.model_max_length)}")
+    return tokenizer
 
 
 def _find(name: str | Path) -> str | Path:
@@ -58,9 +61,13 @@ def load_model(
     with reading_model("a causal LM", found):
         check_size(found, kind, **options)
         load = AutoModelForCausalLM.from_pretrained
-        model, facts = load(found, dtype=kind or "auto", output_loading_info=True, **options)
-    if missing := sorted(facts["missing_keys"]):  # which transformers makes up, at random
+        told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, facts = load(found, dtype=kind or "auto", **told, **options)
+    # What is missing or does not fit is made up by transformers, at random.
+    if missing := sorted(facts["missing_keys"]):
         raise ModelError(f"the weights in {name} are not all there: {missing[0]!r} is one of {len(missing)} missing")
+    for tensor, got, wanted in sorted(facts["mismatched_keys"]):
+        raise ModelError(f"the weights in {name} do not fit its config: {tensor!r} is {[*got]}, not {[*wanted]}")
     return model.to(place)
 
 

@@ -1,6 +1,7 @@
 """Models and tokenizers as folders: what transformers would stumble over is found, and said, first."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
@@ -17,6 +18,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
     set_verbosity,
     set_verbosity_error,
+    tqdm,
 )
 
 from kangaroo.errors import ModelError
@@ -31,6 +33,8 @@ TABLES = (
     "special_tokens_map.json",
     "model.safetensors.index.json",
 )
+MOST_LAYERS = 10_000
+"""Of a model: to count the weights of more takes minutes."""
 _OF_LOADERS = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError, RuntimeError, TypeError),
     *(ValueError, HFValidationError, SafetensorError, StrictDataclassError),
@@ -68,10 +72,14 @@ def reading_model(what: str, name: str | Path) -> Iterator[None]:
 def quietly() -> Iterator[None]:
     """No bars and no warnings: what they warn of is an error here, or looked for elsewhere."""
     bars, verbosity = is_progress_bar_enabled(), get_verbosity()
+    # The reader of GGUF files has a bar that transformers' switch for bars does not reach.
+    modeling_gguf_pytorch_utils.tqdm = tqdm
     disable_progress_bar()
     set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         set_verbosity(verbosity)
         if bars:
@@ -86,6 +94,9 @@ def check_size(name: str | Path, dtype: torch.dtype | None, **options: Any) -> N
     if not is_folder(Path(name)):
         return
     config = AutoConfig.from_pretrained(name, **options)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > MOST_LAYERS:
+        raise ModelError(f"{name_path(name)}/config.json describes {layers:,} layers; {MOST_LAYERS:,} are the most")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
     numbers = sum(parameter.numel() for parameter in model.parameters())
@@ -104,6 +115,6 @@ def _must_be_a_folder(name: str) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    """What an error says, on one line: its first, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -34,7 +34,7 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
         if value.dtype not in allowed:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise AdapterError(f"{path}: {name!r} is of type {value.dtype}; it should be {known}")
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.to(wanted[name].dtype)).all():
             raise AdapterError(f"{path} is damaged: {name!r} holds values that are not finite")
 
 

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from damage import Refused
@@ -15,12 +17,16 @@ from rich.console import Console
 
 from chat_model import SENTENCES
 from command import invoke
+from kangaroo.bench.check import CheckReport, Divergence, Rounds
+from kangaroo.bench.compare import Line
 from kangaroo.cli import demo
 from kangaroo.cli.schema import VERBS
 from kangaroo.cli.tables import print_facts, print_rows
+from kangaroo.cli.terminal import show_checks, show_lines
 from kangaroo.decoder import load
 from kangaroo.errors import CapacityError, ConfigError
 from kangaroo.files import claim, write_json, write_text
+from kangaroo.trial import Exactness
 
 
 @pytest.fixture
@@ -229,6 +235,38 @@ def test_tables_are_whole_at_every_width(width: int) -> None:
     assert all(cell in words for row in ROWS for cell in row)
     assert (sum("answers" in line for line in lines) == 1) == (width == 200)
     assert "1777bdd14e26-b308de1a434f-71962043aa25" in words.replace(" ", "")
+
+
+TIE = Divergence(0, 0.0, 1, 3, 5, 6, 1e-9, 1e-6, 5)
+BITS, TIES = Exactness("bitwise", "by trial"), Exactness("ties", "by trial")
+ENOUGH: dict[str, Any] = {"tokens": 10**6, "rounds": Rounds(all=1)}
+
+
+@pytest.mark.parametrize(
+    ("report", "verdict"),
+    [
+        (CheckReport(BITS, **ENOUGH), "lossless"),
+        (CheckReport(TIES, **ENOUGH, differences=[TIE]), "lossless"),
+        (CheckReport(BITS), "inconclusive"),
+        (CheckReport(TIES, differences=[TIE]), "inconclusive"),
+        (CheckReport(BITS, **ENOUGH, differences=[TIE]), "FAILED"),
+        (CheckReport(TIES, differences=[replace(TIE, gap=0.5)]), "FAILED"),
+        (CheckReport(BITS, **ENOUGH, bits=1), "FAILED"),
+    ],
+)
+def test_a_check_says_whether_it_failed_or_could_not_tell(
+    report: CheckReport, verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_checks({"kangaroo": report}, {}, report.exactness)
+    said = capsys.readouterr().out
+    assert [word for word in ("lossless", "inconclusive", "FAILED") if f" {word} " in said] == [verdict]
+
+
+def test_a_comparison_tells_ties_from_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [Line(name, [1], name == "none", 1.0, 1.0, 1, 0, 0, 0.1, 0.1, 0.1, 0.7) for name in ("none", "a", "b")]
+    show_lines(lines, {}, {"a"}, TIES)
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert ["identical" in told["none"], "a tie" in told["a"], "DIFFERS" in told["b"]] == [True] * 3
 
 
 def test_the_document_names_every_field() -> None:

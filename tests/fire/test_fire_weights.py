@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from kangaroo.decoder import load
 from kangaroo.documents import Document
 from kangaroo.drafters.copying.datastore import KIND, Datastore, build_datastore
+from kangaroo.drafters.eagle3.head import Eagle3Config, Eagle3Head
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
-from kangaroo.errors import AdapterError, DataError, KangarooError
+from kangaroo.drafters.medusa.heads import MedusaConfig
+from kangaroo.errors import AdapterError, ConfigError, DataError, KangarooError
 from kangaroo.loading import load_tokenizer
 from tiny import make_adapter, target
 
@@ -59,6 +61,7 @@ NORM = "layers.0.norm_in.weight"
         (lambda t: t.update({NORM: t[NORM].bool()}), "bool"),
         (lambda t: t.update({NORM: t[NORM].to(torch.complex64)}), "complex64"),
         (lambda t: t.update({NORM: t[NORM] * math.nan}), "not finite"),
+        (lambda t: t.update({NORM: t[NORM].double().fill_(1e300)}), "not finite"),
         (lambda t: t.pop(NORM), "missing or unexpected"),
         (lambda t: t.update({"x": torch.zeros(0)}), "missing or unexpected"),
         (lambda t: t.clear(), "missing or unexpected"),
@@ -69,6 +72,20 @@ def test_tensors_that_do_not_fit(change: Callable[[Tensors], Any], named: str, f
     with pytest.raises(AdapterError) as caught:
         Adapter.load(folder, target("llama"))
     assert named in str(caught.value)
+
+
+def test_sizes_beyond_the_targets_are_refused_before_memory_is_taken(folder: Path) -> None:
+    """Such memory could not be had: whoever tries is told so by torch."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"draft_vocabulary": 10**14}))
+    with pytest.raises(ConfigError, match="at most the target's"):
+        Adapter.load(folder, target("llama"))
+    with pytest.raises(ConfigError, match="1 to 63 heads"):
+        MedusaConfig(heads=10**14)
+    own = {"low": 0, "middle": 1, "high": 2, "key_value_heads": 1, "head_dim": 8, "epsilon": 1e-6}
+    for sizes in ({"heads": 10**14, "intermediate_size": 8}, {"heads": 1, "intermediate_size": 10**14}):
+        with pytest.raises(ConfigError, match="features, but the target has"):
+            Eagle3Head(target("llama"), Eagle3Config(**own, **sizes))
 
 
 def test_a_threshold_of_one_is_not_damage(folder: Path) -> None:
@@ -199,23 +216,33 @@ def test_weights_that_lack_a_tensor_are_not_made_up(copy: Path, refused: Refused
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "named"),
     [
-        {"vocab_size": 301},
-        {"num_attention_heads": 3},
-        {"hidden_size": 48},
-        {"num_hidden_layers": 9},
-        {"vocab_size": -5},
-        {"model_type": "nonsense"},
-        {"max_position_embeddings": 0},
-        {"max_position_embeddings": 7},
+        ({"vocab_size": 301}, "do not fit its config: 'lm_head.weight' is ["),
+        ({"num_attention_heads": 3}, "attention heads"),
+        ({"hidden_size": 48}, "do not fit its config"),
+        ({"hidden_size": 0}, "do not fit its config"),
+        ({"num_hidden_layers": 9}, "missing"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers"),
+        ({"vocab_size": -5}, "-5"),
+        ({"model_type": "nonsense"}, "nonsense"),
+        ({"max_position_embeddings": 0}, "context"),
+        ({"max_position_embeddings": 7}, "context"),
     ],
     ids=str,
 )
-def test_a_config_that_contradicts_its_weights(values: dict[str, Any], copy: Path, refused: Refused) -> None:
+def test_a_config_that_contradicts_its_weights(
+    values: dict[str, Any], named: str, copy: Path, refused: Refused
+) -> None:
     path = copy / "target" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
+    assert named in refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(copy / "target"))
+
+
+def test_a_longest_text_that_is_no_number(copy: Path, refused: Refused) -> None:
+    path = copy / "target" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
+    assert "model_max_length" in refused("generate", "--drafter", "none", "--prompt", "x", "--model", str(path.parent))
 
 
 @pytest.mark.parametrize("end", [2**63, -1, [5, 2**31], "x", 1.5, True])

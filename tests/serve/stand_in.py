@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kangaroo.completion import Completion, Piece, Stats
+from kangaroo.engine import choose
 from kangaroo.errors import EngineClosed
 
 Script = Sequence[str | float | Exception]
@@ -74,7 +75,7 @@ class ScriptedEngine:
         if self.closed:
             raise EngineClosed("closed")
         script = self.script() if callable(self.script) else self.script
-        self.tickets.append(ScriptedTicket(script, arguments["drafter"] or next(iter(self.drafters))))
+        self.tickets.append(ScriptedTicket(script, choose([*self.drafters], arguments["drafter"])))
         return self.tickets[-1]
 
     def encode(self, prompt: Any) -> list[int]:

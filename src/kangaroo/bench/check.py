@@ -92,13 +92,20 @@ class CheckReport:
     differences: list[Divergence] = field(default_factory=list)
 
     @property
-    def problem(self) -> str | None:
-        """Why the check did not pass, or None."""
+    def failure(self) -> str | None:
+        """What was found that must not be, or None."""
         wrong = [found for found in self.differences if self.exactness.level == "bitwise" or not found.is_tie]
         if wrong:
             return f"{len(wrong)} of {self.answers} answers differ"
         if self.bits and self.exactness.level == "bitwise":
             return f"the logits of {self.bits} of {self.tokens} tokens differ in some bit"
+        return None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the check did not pass, or None: a failure, or that too little was tried to tell."""
+        if self.failure is not None:
+            return self.failure
         if self.tokens < MINIMUM_TOKENS:
             return f"only {self.tokens} tokens were compared; {MINIMUM_TOKENS} are the least that means anything"
         if self.rounds.some + self.rounds.all == 0:

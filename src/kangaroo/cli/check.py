@@ -24,7 +24,7 @@ def check(
         list[float] | None, typer.Option(help="May be repeated. Default: 0; 0.8 with top-p; 1.2 with penalties.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
-    prompts: Annotated[int, typer.Option(help="How many of the evaluation prompts.")] = 24,
+    prompts: Annotated[int, typer.Option(min=1, help="How many of the evaluation prompts.")] = 24,
     max_tokens: MaxTokens = 48,
     as_json: Json = False,
 ) -> None:

@@ -156,7 +156,7 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
 def _verdict(report: CheckReport) -> str:
     if report.problem is None:
         return "lossless"
-    return "FAILED" if report.differences else "inconclusive"
+    return "inconclusive" if report.failure is None else "FAILED"
 
 
 def _difference_line(found: Divergence) -> str:

@@ -78,11 +78,15 @@ def find_drafter(name: str) -> Entry:
 class Choice(NamedTuple):
     """A drafter that was chosen, ready to be built."""
 
+    name: str
     build: Build
     files: tuple[str, ...]
     settings: Settings
-    described: str
-    """Its name, and after a comma what is set."""
+
+    @property
+    def described(self) -> str:
+        """Its name, and after a comma what is set."""
+        return ", ".join([self.name, *(f"{key}={value}" for key, value in self.settings.items() if value is not None)])
 
 
 def choose_drafter(drafter: DrafterChoice, settings: Settings) -> Choice:
@@ -93,7 +97,7 @@ def choose_drafter(drafter: DrafterChoice, settings: Settings) -> Choice:
     """
     if isinstance(drafter, str):
         entry = find_drafter(drafter)
-        return Choice(entry.build, (entry.files,) if entry.files else (), settings, _describe(drafter, settings))
+        return Choice(drafter, entry.build, (entry.files,) if entry.files else (), settings)
     if isinstance(drafter, DrafterConfig):
         names = [name for name, entry in DRAFTERS.items() if entry.config is type(drafter)]
         name = names[-1] if "exit_layer" in settings else names[0]
@@ -108,11 +112,7 @@ def choose_drafter(drafter: DrafterChoice, settings: Settings) -> Choice:
         raise ConfigError(
             f"drafter must be a name, a config or a function that makes one for a target, got {drafter!r}"
         )
-    return Choice(_build_own(drafter), (), settings, getattr(drafter, "__name__", type(drafter).__name__))
-
-
-def _describe(name: str, settings: Settings) -> str:
-    return ", ".join([name, *(f"{key}={value}" for key, value in settings.items() if value is not None)])
+    return Choice(getattr(drafter, "__name__", type(drafter).__name__), _build_own(drafter), (), settings)
 
 
 def _build_own(factory: Callable[[Target], Drafter]) -> Build:

@@ -50,13 +50,13 @@ class DraftVocabulary(DraftTokens):
     """
 
     def __init__(self, target: Target, size: int):
-        super().__init__(target, size)
         ends = end_tokens(target.model)
         if not max(1, len(ends)) <= size <= target.vocab_size:
             raise ConfigError(
                 f"a draft vocabulary holds at least the {len(ends)} tokens that end a text and at most the target's "
                 f"{target.vocab_size}, got {size}"
             )
+        super().__init__(target, size)
         self._rows: Callable[[Tensor], Tensor] | None = None
         self._packs = False
 

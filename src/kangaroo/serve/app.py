@@ -24,7 +24,7 @@ from kangaroo.serve import browser
 from kangaroo.serve.events import COMMENT, DONE, KEEP_ALIVE, STALLED, ClientGone, EventStream, merged, unless_gone
 from kangaroo.serve.guard import Guard
 from kangaroo.serve.metrics import Clock, Metrics
-from kangaroo.serve.protocol import Asked, ChatRequest, TextRequest, parse, to_call
+from kangaroo.serve.protocol import Asked, ChatRequest, TextRequest, fields_of, parse, to_call
 from kangaroo.serve.refusals import Refusal, failed
 from kangaroo.serve.replies import Reply, speculation, usage
 from kangaroo.serve.service import Answers, Service
@@ -129,7 +129,7 @@ class _Routes:
         engine = self._service.engine
         if asked.model not in (None, self._service.name):
             raise self._no_model(str(asked.model), "model")
-        answers = await unless_gone(request.receive, self._service.submit(to_call(asked), kind.model_fields))
+        answers = await unless_gone(request.receive, self._service.submit(to_call(asked), fields_of(kind)))
         self._metrics.prompt_tokens.inc(sum(answers.prompt_tokens))
         decoder = engine.decoder
         fingerprint = f"fp_{decoder.target.fingerprint.rpartition('-')[2]}"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kangaroo.arguments import Arguments
 from kangaroo.checks import shown
 from kangaroo.constraints import Processor
 from kangaroo.errors import ConfigError, KangarooError
@@ -265,9 +266,6 @@ def to_call(asked: Asked) -> Call:
     ):
         if len(given) > most:
             raise Refusal(400, f"{name} may have {most} entries at most, got {len(given)}", name)
-    if asked.wants.max_draft is not None and not 1 <= asked.wants.max_draft < 2**63:
-        reason = f"must be at least 1, got {shown(asked.wants.max_draft)}; enabled: false drafts nothing"
-        raise Refusal(400, f"speculation.max_draft {reason}", "speculation.max_draft")
     arguments: dict[str, Any] = {
         "min_tokens": asked.min_tokens or 0,
         "stop": stop,
@@ -275,14 +273,24 @@ def to_call(asked: Asked) -> Call:
         "ignore_eos": bool(asked.ignore_eos),
         "logprobs": asked.candidates,
         "speculate": asked.wants.enabled,
-        "drafter": asked.wants.drafter,
         "max_draft": asked.wants.max_draft,
     }
+    try:
+        Arguments(**arguments)
+    except ConfigError as error:
+        raise refused(error, fields_of(type(asked))) from None
+    arguments["drafter"] = asked.wants.drafter
     plain = asked.response_format in (None, {"type": "text"})
     if not plain and asked.structured_outputs is not None:
         raise Refusal(400, "response_format and structured_outputs are both given: leave one out", "structured_outputs")
     rules = (asked.response_format, asked.structured_outputs)
     return Call(prompts, n, _sampling(asked), asked.limit, arguments, *rules)
+
+
+def fields_of(kind: type[Asked]) -> dict[str, str]:
+    """The fields that an engine's settings are given in, by the names of these."""
+    own = {name: name for name in kind.model_fields}
+    return own | {name: f"speculation.{name}" for name in ("drafter", "max_draft")}
 
 
 def _sampling(asked: Asked) -> Sampling:
@@ -295,7 +303,7 @@ def _sampling(asked: Asked) -> Sampling:
     try:
         return Sampling(temperature=temperature, seed=seed, top_k=top_k, **given)
     except ConfigError as error:
-        raise refused(error, type(asked).model_fields) from None
+        raise refused(error, fields_of(type(asked))) from None
 
 
 def _candidates(name: str, top: int) -> Logprobs:

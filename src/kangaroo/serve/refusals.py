@@ -44,10 +44,13 @@ class Refusal(Exception):
         return JSONResponse(self.body, self.status, {**self.headers, **(headers or {})})
 
 
-def refused(error: KangarooError, fields: Mapping[str, Any]) -> Refusal:
-    """An error in a request's arguments as a refusal; its messages begin with the setting, if one is at fault."""
+def refused(error: KangarooError, fields: Mapping[str, str]) -> Refusal:
+    """An error in a request's arguments as a refusal; its messages begin with the setting, if one is at fault.
+
+    `fields` are those that settings are given in.
+    """
     first = str(error).split(maxsplit=1)[0] if str(error) else ""
-    return Refusal(400, str(error), first if first in fields else None)
+    return Refusal(400, str(error), fields.get(first))
 
 
 def failed(error: KangarooError) -> Refusal:

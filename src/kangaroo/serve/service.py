@@ -5,10 +5,9 @@ import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from kangaroo.arguments import spread
-from kangaroo.checks import shown
 from kangaroo.engine import Engine
 from kangaroo.errors import EngineClosed, KangarooError, QueueFull
 from kangaroo.serve.events import cancel
@@ -66,8 +65,8 @@ class Service:
         """The engine's counts, while it has any."""
         return None if (engine := self._there()) is None else engine.status()
 
-    async def submit(self, call: Call, fields: Mapping[str, Any]) -> Answers:
-        """The request's tickets; `fields` are the names it may have used, for errors to name one.
+    async def submit(self, call: Call, fields: Mapping[str, str]) -> Answers:
+        """The request's tickets; `fields` are those that settings are given in, for errors to name one.
 
         Raises Refusal for what cannot be answered, or not now.
         """
@@ -112,12 +111,7 @@ def _forget(work: "asyncio.Future[Answers]") -> None:
 
 def _submit(engine: Engine, call: Call) -> Answers:
     """In a thread: prompts to tokens, requests to the engine; all of them or none."""
-    tickets, drafter = list[Ticket](), call.arguments["drafter"]
-    if drafter not in (None, *engine.drafters):
-        offered = ", ".join(engine.drafters)
-        message = f"speculation.drafter must be one of {offered}, which are offered here, got {shown(drafter)}"
-        raise Refusal(400, message, "speculation.drafter")
-    prompts = [engine.encode(prompt) for prompt in call.prompts]
+    tickets, prompts = list[Ticket](), [engine.encode(prompt) for prompt in call.prompts]
     for prompt in prompts:
         if len(prompt) >= engine.capacity:
             raise Refusal(

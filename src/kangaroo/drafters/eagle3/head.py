@@ -106,6 +106,10 @@ def default_taps(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
+WIDEST = 64
+"""Times the target's width: features of the head's one layer at most, before any memory is taken for them."""
+
+
 class Eagle3Head(TrainedWeights):
     """Weights of the head. Raises ConfigError for features that the target has not got."""
 
@@ -120,6 +124,8 @@ class Eagle3Head(TrainedWeights):
                 f"the head drafts {config.draft_vocabulary} tokens, but the target has {target.vocab_size}"
             )
         width, tokens = target.width, config.draft_vocabulary or target.vocab_size
+        if (widest := max(config.heads * config.head_dim, config.intermediate_size)) > WIDEST * width:
+            raise ConfigError(f"the head has {widest} features, but the target has {width}")
         model = _one_layer(target, config)
         self.layer, self.norm = model.layers[0], model.norm
         self.layer.hidden_norm = copy.deepcopy(self.layer.input_layernorm)

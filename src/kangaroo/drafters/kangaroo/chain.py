@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kangaroo.checks import need_type
 from kangaroo.drafters.chain import Stopping, Threshold
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
@@ -139,7 +140,7 @@ def _load_calibration(target: Target, settings: Settings) -> ExitCalibration | N
     if settings.get("calibration") is None:
         return None
     folder = to_path("calibration", settings["calibration"])
-    relative = bool(settings.get("allow_other_target", False))
+    relative = need_type("allow_other_target", settings.get("allow_other_target", False), bool)
     found = ExitCalibration.load(folder, target, allow_other_target=relative)
     if settings.get("exit_layer", found.exit_layer) != found.exit_layer:
         raise ConfigError(

@@ -16,6 +16,9 @@ from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.weights import TrainedWeights
 
+MOST_HEADS = 63
+"""Each predicts one token of a draft, and no draft has more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MedusaConfig:
@@ -24,8 +27,8 @@ class MedusaConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise ConfigError(f"Medusa needs at least 1 head, got {self.heads}")
+        if not 1 <= self.heads <= MOST_HEADS:
+            raise ConfigError(f"Medusa has 1 to {MOST_HEADS} heads, got {self.heads}")
 
 
 class MedusaHeads(TrainedWeights):
