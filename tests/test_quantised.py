@@ -1,4 +1,4 @@
-"""Targets whose weights torchao keeps in eight bits: adapters are taught for them, draft for them, and are exported."""
+"""Targets that torchao keeps in eight or four bits: adapters are taught for them, draft for them, and are exported."""
 
 from pathlib import Path
 
@@ -23,12 +23,17 @@ from kangaroo.tree import sequence
 
 torchao = pytest.importorskip("torchao.quantization", reason="the package torchao is not installed")
 STEPS, LENGTH = 60, 40
+KINDS = {
+    "int8": torchao.Int8WeightOnlyConfig(),
+    # Of torchao's kinds with four bits, the one whose kernels need no accelerator.
+    "int4": torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerAxis(0)),
+}
 
 
-@pytest.fixture(scope="module")
-def target() -> Target:
+@pytest.fixture(scope="module", params=KINDS)
+def target(request: pytest.FixtureRequest) -> Target:
     model = tiny.build("llama").float()
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=_in_layers)
+    torchao.quantize_(model, KINDS[request.param], filter_fn=_in_layers)
     model.set_attn_implementation("eager")
     return Target(model)
 
@@ -71,7 +76,7 @@ def answer(target: Target, drafter: Drafter, prompt: list[int]) -> tuple[list[in
 
 
 def test_an_adapter_taught_for_it_drafts_for_it(target: Target, adapter: Adapter) -> None:
-    print(f"\nint8 weights by torchao: {target.exactness.level}, {target.exactness.reason}")
+    print(f"\nweights packed by torchao: {target.exactness.level}, {target.exactness.reason}")
     prompt, chain = [5, 17, 40], ChainConfig(max_draft=4, threshold=0.0)
     plain, steps = answer(target, NoDrafter(), prompt)
     drafted, rounds = answer(target, Kangaroo(target, adapter, tiny.EXIT, chain), prompt)
