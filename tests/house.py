@@ -13,7 +13,7 @@ ROOT = Path(kangaroo.__file__).parent
 ORDER = """
     errors checks inputs files sealed toml cgroup machine chat documents
     tree cache sampling constraints logprobs state
-    fingerprint norms families passes kernels linears attention fused window rotary
+    fingerprint norms families passes kernels linears attention window fused rotary
     verdicts parts trial settle graphs model tensors weights model_files demo demo.smollm2 gguf_file loading threads
     drafters.base drafters.settings drafters.draft_vocabulary drafters.chain drafters.branching drafters.last_states
     drafters.none drafters.draft_model

@@ -1,4 +1,4 @@
-"""Targets whose weights torchao keeps in eight bits: adapters are taught for them, draft for them, and are exported."""
+"""Targets that torchao keeps in eight or four bits: adapters are taught for them, draft for them, and are exported."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.kangaroo.adapter import Adapter, AdapterConfig
 from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.none import NoDrafter
-from kangaroo.errors import ConfigError
+from kangaroo.errors import ConfigError, ModelError
 from kangaroo.exchange.standalone import build_standalone, load_standalone, prove
 from kangaroo.fingerprint import same_model
 from kangaroo.model import Target
@@ -23,12 +23,17 @@ from kangaroo.tree import sequence
 
 torchao = pytest.importorskip("torchao.quantization", reason="the package torchao is not installed")
 STEPS, LENGTH = 60, 40
+KINDS = {
+    "int8": torchao.Int8WeightOnlyConfig(),
+    # Of torchao's kinds with four bits, the one whose kernels need no accelerator.
+    "int4": torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerAxis(0)),
+}
 
 
-@pytest.fixture(scope="module")
-def target() -> Target:
+@pytest.fixture(scope="module", params=KINDS)
+def target(request: pytest.FixtureRequest) -> Target:
     model = tiny.build("llama").float()
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=_in_layers)
+    torchao.quantize_(model, KINDS[request.param], filter_fn=_in_layers)
     model.set_attn_implementation("eager")
     return Target(model)
 
@@ -71,7 +76,7 @@ def answer(target: Target, drafter: Drafter, prompt: list[int]) -> tuple[list[in
 
 
 def test_an_adapter_taught_for_it_drafts_for_it(target: Target, adapter: Adapter) -> None:
-    print(f"\nint8 weights by torchao: {target.exactness.level}, {target.exactness.reason}")
+    print(f"\nweights packed by torchao: {target.exactness.level}, {target.exactness.reason}")
     prompt, chain = [5, 17, 40], ChainConfig(max_draft=4, threshold=0.0)
     plain, steps = answer(target, NoDrafter(), prompt)
     drafted, rounds = answer(target, Kangaroo(target, adapter, tiny.EXIT, chain), prompt)
@@ -84,6 +89,22 @@ def test_an_adapter_taught_for_it_drafts_for_it(target: Target, adapter: Adapter
     at = next(place for place, pair in enumerate(zip(plain, drafted, strict=False)) if pair[0] != pair[1])
     logits = target.model(torch.tensor([prompt + plain[:at]])).logits[0, -1]
     assert abs(float(logits[plain[at]] - logits[drafted[at]])) < 1e-3
+
+
+def test_it_is_not_packed_again(target: Target) -> None:
+    again = Target(target.model, pack=True)
+    assert again.exactness.level == target.exactness.level
+    assert answer(again, NoDrafter(), [5, 17, 40]) == answer(target, NoDrafter(), [5, 17, 40])
+
+
+def test_weights_packed_for_another_precision_are_named() -> None:
+    model = tiny.build("llama").float()
+    torchao.quantize_(model, KINDS["int4"], filter_fn=_in_layers)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            module._apply(lambda tensor: tensor.bfloat16(), recurse=False)
+    with pytest.raises(ModelError, match="quantised model cannot be run as it was loaded"):
+        Target(model)
 
 
 def test_it_is_told_from_others_by_what_is_not_quantised(target: Target) -> None:

@@ -16,6 +16,7 @@ from kangaroo.kernels import CompiledLayer, Kernels, LayerParts, PanelWeights, S
 from kangaroo.linears import PackedLinear
 from kangaroo.norms import FusedNorm
 from kangaroo.passes import current
+from kangaroo.window import cache_argument
 
 _PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
@@ -32,7 +33,7 @@ class FusedLayer:
 
     def __init__(self, layer: Any):
         attention, mlp = layer.self_attn, layer.mlp
-        self._layer, self._number = layer, attention.layer_idx
+        self._layer, self._number, self._past = layer, attention.layer_idx, cache_argument(layer)
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._norm_in, self._norm_mid = layer.input_layernorm, layer.post_attention_layernorm
         self._read = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -40,19 +41,17 @@ class FusedLayer:
         self._write, self._activation = attention.o_proj, mlp.act_fn
         self._widen, self._narrow = _joined([mlp.gate_proj, mlp.up_proj]), mlp.down_proj
 
-    def __call__(
-        self, x: Tensor, *, past_key_values: Any, attention_mask: Tensor, position_embeddings: Any, **more: Any
-    ) -> Tensor:
+    def __call__(self, x: Tensor, *, attention_mask: Tensor, position_embeddings: Any, **more: Any) -> Tensor:
         """[B, N, D] -> [B, N, D]; arguments as transformers' layers take them."""
-        one = current()
-        if one is None or past_key_values is None or position_embeddings[0].shape[-1] != self._head_dim:
+        one, past = current(), more[self._past]
+        if one is None or past is None or position_embeddings[0].shape[-1] != self._head_dim:
             more |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
-            return self._layer(x, past_key_values=past_key_values, **more)  # type: ignore[no-any-return]
+            return self._layer(x, **more)  # type: ignore[no-any-return]
         heads = self._read(self._norm_in(x)).view(*x.shape[:2], -1, self._head_dim).transpose(1, 2)
         turned, values = heads[:, : -self._keys], heads[:, -self._keys :]
         turned = _rotate(turned, *position_embeddings)
         queries, keys = turned[:, : -self._keys], turned[:, -self._keys :]
-        keys, values = past_key_values.update(keys, values, self._number)
+        keys, values = past.update(keys, values, self._number)
         seen = attend(one, queries, keys, values, attention_mask, scaling=self._scaling)
         x = x + self._write(seen.reshape(*x.shape[:2], -1))
         gate, up = self._widen(self._norm_mid(x)).chunk(2, -1)
@@ -64,21 +63,20 @@ class OneCall:
     """A layer of Llama's kind as compiled code within `computing`; anywhere else, the layer itself."""
 
     def __init__(self, layer: Any, compiled: CompiledLayer):
-        self._layer, self._number, self._compiled = layer, layer.self_attn.layer_idx, compiled
+        self._layer, self._number, self._past = layer, layer.self_attn.layer_idx, cache_argument(layer)
+        self._compiled = compiled
 
-    def __call__(
-        self, x: Tensor, *, past_key_values: Any, attention_mask: Tensor, position_embeddings: Any, **more: Any
-    ) -> Tensor:
+    def __call__(self, x: Tensor, *, attention_mask: Tensor, position_embeddings: Any, **more: Any) -> Tensor:
         """[B, N, D] -> [B, N, D]; arguments as transformers' layers take them."""
-        one = current()
-        if one is None or past_key_values is None:
+        one, past = current(), more[self._past]
+        if one is None or past is None:
             more |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
-            return self._layer(x, past_key_values=past_key_values, **more)  # type: ignore[no-any-return]
+            return self._layer(x, **more)  # type: ignore[no-any-return]
         key = "seen", id(attention_mask)
         if key not in one.made:
-            where = past_key_values.where
+            where = past.where
             one.made[key] = Seen(where.slots, where.rows, attention_mask, position_embeddings, one.paths)
-        return self._compiled(x, one.made[key], *past_key_values.storage(self._number))
+        return self._compiled(x, one.made[key], *past.storage(self._number))
 
 
 def compiled_layer(kernels: Kernels, attention: Any, norms: Sequence[Any], mlp: Sequence[Any]) -> CompiledLayer | None:

@@ -44,7 +44,7 @@ from kangaroo.rotary import RotaryTables
 from kangaroo.settle import settle
 from kangaroo.tree import Placement, place_chain, sequence
 from kangaroo.trial import Exactness
-from kangaroo.window import CacheWindow, Recorder, attention_mask, extent
+from kangaroo.window import CacheWindow, Recorder, attention_mask, cache_argument, extent
 
 TRIAL = LEAST_CONTEXT  # tokens of the check at load time
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,6 +78,8 @@ class Target:
         base = model.base_model
         self.layers: nn.ModuleList = base.layers
         self._run_as: list[Any] = [with_fused_norms(layer) for layer in self.layers]
+        first = self.layers[0]
+        self._past, self._attention_past = map(cache_argument, (first, getattr(first, "self_attn", first)))
         self._norm = base.norm if hasattr(base, "norm") else base.final_layernorm
         self._embedding, self._head = model.get_input_embeddings(), model.lm_head
         self.num_layers, self.width = len(self.layers), int(self.config.hidden_size)
@@ -167,7 +169,7 @@ class Target:
         with self._computing(where, way):
             for index in layers:
                 kind = self._kinds[index]
-                x = self._run_as[index](x, past_key_values=past, use_cache=past is not None, **inputs[kind])
+                x = self._run_as[index](x, **{self._past: past}, use_cache=past is not None, **inputs[kind])
                 if index + 1 in taps:
                     features[index + 1] = x.to(self.device)
         return [x.to(self.device), *(features[tap] for tap in taps)]
@@ -230,7 +232,7 @@ class Target:
         past = None if cache is None else CacheWindow(cache, where, range(own, own + 1), extent(where, way))
         inputs = self._layer_inputs(self.adapter_kind, where, x, way)
         with self._computing(where, way):
-            return attention(x, past_key_values=past, **inputs)[0]  # type: ignore[no-any-return]
+            return attention(x, **{self._attention_past: past}, **inputs)[0]  # type: ignore[no-any-return]
 
     def run_compiled(self, layer: CompiledLayer, place: int, x: Tensor, where: Placement, cache: KVCache) -> Tensor:
         """Run a compiled layer of a drafter's on x [B, N, D]; its keys and values are the cache's layer `place`."""
@@ -273,7 +275,7 @@ class Target:
         x = torch.zeros(1, 1, self.width, dtype=dtype, device=device)
         inputs = self._layer_inputs(self.adapter_kind, sequence(1, 1, device), x)
         with torch.no_grad():
-            attention(x, past_key_values=recorder, **inputs)
+            attention(x, **{self._attention_past: recorder}, **inputs)
         return next(iter(recorder.shapes.values()))
 
     def new_cache(self, batch: int, slots: int, extra: Sequence[LayerShape] = ()) -> KVCache:
@@ -353,6 +355,11 @@ class Target:
         hook = self.layers[0].register_forward_pre_hook(note, with_kwargs=True)
         try:
             logits = self.model(tokens, use_cache=False).logits
+        except RuntimeError as error:
+            if not self.hides_weights:
+                raise
+            why = f"({str(error).splitlines()[0]}); its weights may be packed for another dtype than {self.dtype}"
+            raise ModelError(f"the quantised model cannot be run as it was loaded {why}") from None
         finally:
             hook.remove()
         return logits, inputs[0]
@@ -362,7 +369,7 @@ class Target:
         x = self.embed(tokens)
         for index in range(self.num_layers):
             inputs = self._layer_inputs(self._kinds[index], where, x)
-            x = self.layers[index](x, past_key_values=recorder, use_cache=True, **inputs)
+            x = self.layers[index](x, **{self._past: recorder}, use_cache=True, **inputs)
         if len(recorder.shapes) != self.num_layers:
             raise ModelError(
                 f"{self.config.model_type} models are not supported: not every layer stores keys and values"

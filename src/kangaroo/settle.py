@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from kangaroo.attention import config_of
 from kangaroo.cache import LayerShape
-from kangaroo.errors import ModelError
+from kangaroo.errors import ConfigError, ModelError
+from kangaroo.fingerprint import is_readable
 from kangaroo.kernels import Kernels
 from kangaroo.linears import Entry, SteadyLinear, can_pack, pack_together, plain_linears, products
 from kangaroo.parts import find_attention, find_rows, is_even
@@ -45,6 +46,10 @@ def settle(target: Settled, *, exact: bool, pack: bool) -> Exactness:
     Raises ModelError if the trial cannot be brought to an end.
     """
     packs = target.kernels is not None or (pack and can_pack(target.dtype, target.device))
+    if packs and not all(is_readable(linear.weight) for product in _products(target, packs) for *_, linear in product):
+        if target.kernels is not None:
+            raise ConfigError("compile packs plain weights, and this model's are quantised; load it without")
+        packs = False
     if not exact:
         if packs:
             linears = _products(target, packs)

@@ -1,9 +1,10 @@
 """What a model's layers see of the KV cache: a placement's slots, through transformers' public cache interface."""
 
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from kangaroo.cache import KVCache, LayerShape, Views, round_up
@@ -54,6 +55,11 @@ class Recorder(Cache):  # type: ignore[misc]
         heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
         self.shapes[layer_idx] = LayerShape(heads, key_dim, value_dim, key_states.dtype, key_states.device)
         return key_states, value_states
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a layer or an attention module calls the cache that it is given: transformers renamed it in 5.24."""
+    return "cache" if "cache" in signature(type(module).forward).parameters else "past_key_values"
 
 
 def extent(where: Placement, way: Attention | None) -> int:

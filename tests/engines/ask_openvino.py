@@ -41,13 +41,15 @@ def main() -> None:
             options["draft_model"] = openvino_genai.draft_model(folder, "CPU", **exact)
         pipeline = openvino_genai.LLMPipeline(converted(setup["target"], Path(place) / "target"), "CPU", **options)
         config = openvino_genai.GenerationConfig()
-        config.max_new_tokens, config.do_sample = setup["tokens"], False
+        config.do_sample = False
         if setup["draft"]:
             config.num_assistant_tokens = setup["draft_tokens"]
         print(json.dumps({"ready": True}), file=answers)
         for line in sys.stdin:
+            asked = json.loads(line)
+            config.max_new_tokens = asked["tokens"]
             began = time.perf_counter()
-            done = pipeline.generate(openvino.Tensor(numpy.array([json.loads(line)], dtype=numpy.int64)), config)
+            done = pipeline.generate(openvino.Tensor(numpy.array([asked["prompt"]], dtype=numpy.int64)), config)
             facts = {"tokens": list(done.tokens[0]), "seconds": time.perf_counter() - began}
             if setup["draft"]:
                 metrics = done.extended_perf_metrics

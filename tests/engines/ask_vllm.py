@@ -24,7 +24,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams  # it reads the settings when it is imported
 
     setup = json.loads(sys.stdin.readline())
-    options = {"dtype": setup["dtype"], "max_model_len": 2048, "disable_log_stats": False, "enforce_eager": True}
+    options = {"dtype": setup["dtype"], "max_model_len": 2048, "disable_log_stats": False}
+    options["enforce_eager"] = not setup["compiled"]
     if setup["draft"]:
         options["speculative_config"] = {
             "method": "draft_model",
@@ -32,12 +33,13 @@ def main() -> None:
             "num_speculative_tokens": setup["draft_tokens"],
         }
     engine = LLM(setup["target"], max_num_seqs=1, enable_prefix_caching=False, **options)
-    greedy = SamplingParams(temperature=0, max_tokens=setup["tokens"])
     print(json.dumps({"ready": True}), file=answers)
     before = {"draft": 0, "accepted": 0}
     for line in sys.stdin:
+        asked = json.loads(line)
+        greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"])
         began = time.perf_counter()
-        done = engine.generate([{"prompt_token_ids": json.loads(line)}], greedy, use_tqdm=False)
+        done = engine.generate([{"prompt_token_ids": asked["prompt"]}], greedy, use_tqdm=False)
         seconds = time.perf_counter() - began
         counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
         after = {kind: counts.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in before}

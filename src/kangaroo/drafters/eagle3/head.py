@@ -28,7 +28,7 @@ from kangaroo.model import Target
 from kangaroo.rotary import RotaryTables
 from kangaroo.tree import Placement, place_at
 from kangaroo.weights import TrainedWeights
-from kangaroo.window import CacheWindow
+from kangaroo.window import CacheWindow, cache_argument
 
 RopeType = Literal["default", "linear", "llama3"]
 """Rotary embeddings that depend on nothing but the position."""
@@ -131,6 +131,7 @@ class Eagle3Head(TrainedWeights):
         self.layer.hidden_norm = copy.deepcopy(self.layer.input_layernorm)
         attention = self.layer.self_attn
         attention.layer_idx = target.num_layers  # the cache layer behind the target's own
+        self._past = cache_argument(attention)
         for name in ("q_proj", "k_proj", "v_proj"):
             out = getattr(attention, name).out_features
             setattr(attention, name, nn.Linear(2 * width, out, bias=config.attention_bias))
@@ -169,7 +170,7 @@ class Eagle3Head(TrainedWeights):
         past = CacheWindow(cache, where, range(own, own + 1), extent)
         rotary = self._rotary[0].rows("", (where.positions - 1).clamp_min(0), extent, x.dtype)
         x, _ = layer.self_attn(
-            x, position_embeddings=rotary, attention_mask=_mask(where, x.dtype), past_key_values=past
+            x, position_embeddings=rotary, attention_mask=_mask(where, x.dtype), **{self._past: past}
         )
         x = residual + x
         return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
