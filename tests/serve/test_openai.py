@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from chat_model import save_chat_model
 from kangaroo.decoder import Decoder, load
 from kangaroo.logprobs import Logprobs
 from kangaroo.sampling import Sampling
+from kangaroo.scheduler import Scheduler, Step
 
 HELLO = [{"role": "user", "content": "I need 3 tickets to Oakland."}]
 OTHERS = [[{"role": "user", "content": text}] for text in ("Where?", "naïve café", "The answer", "eat")]
@@ -228,7 +230,14 @@ def test_what_a_row_cannot_hold_is_refused_or_cut(decoder: Decoder) -> None:
         assert "40 tokens" in answer.json()["error"]["message"]
 
 
-def test_a_client_that_is_killed_frees_its_row(live: Live) -> None:
+def test_a_client_that_is_killed_frees_its_row(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Scheduler.step
+
+    def slow(self: Scheduler) -> Step:
+        time.sleep(0.05)  # of the answer, 250 rounds at least, most is left when its client is killed
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slow)
     code = """
         import httpx, sys
         body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -245,7 +254,7 @@ def test_a_client_that_is_killed_frees_its_row(live: Live) -> None:
     assert status.running == 1
     child.kill()
     child.wait()
-    live.wait_until(lambda: live.service.status().running == 0, 1)
+    live.wait_until(lambda: live.service.status().running == 0)
     child.stdout.close()
 
 
