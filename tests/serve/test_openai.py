@@ -219,6 +219,15 @@ def test_errors_are_those_the_client_knows(client: openai.OpenAI, live: Live) ->
     assert client.models.list().data[0].id == "tiny"
 
 
+def test_a_conversation_that_the_template_refuses_is_refused(
+    live: Live, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.tokenizer.wrapped, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    answer = CLIENT.post(live.url + "/v1/chat/completions", json={"messages": HELLO})
+    assert answer.status_code == 400
+    assert "roles must alternate" in answer.json()["error"]["message"]
+
+
 def test_what_a_row_cannot_hold_is_refused_or_cut(decoder: Decoder) -> None:
     with serving(engine_of(decoder, rows=2, capacity=40)) as live:
         post = live.url + "/v1/completions"
