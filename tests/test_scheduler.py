@@ -194,10 +194,11 @@ def test_the_beginnings_used_last_are_kept() -> None:
     assert cached == [False, False, True, False, True, False, False]
 
 
-def test_a_long_prompt_is_read_in_pieces_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_long_prompt_is_read_in_pieces_between_rounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kangaroo.scheduler.PREFILL_CHUNK", 16)
     model = target("llama")
-    scheduler = Scheduler(model, lambda: DRAFTERS["kangaroo"](model), (), Limits(3))
+    scheduler = Scheduler(model, lambda: DRAFTERS[name](model), (), Limits(3))
     first, long, short = (task(Request(prompt, GREEDY, 20)) for prompt in ([1, 2], list(range(90)), [3, 4]))
     scheduler.submit(first)
     scheduler.step()

@@ -4,11 +4,9 @@ Each is answered or refused: no 500, no hang. Afterwards the server still answer
 """
 
 import argparse
-import gc
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import psutil
 import schemathesis
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -30,6 +27,7 @@ from live import Live, engine_of, serving  # noqa: E402
 from values import changed, damaged, like_number, texts, to_json, values  # noqa: E402
 
 from chat_model import SENTENCES, save_chat_model  # noqa: E402
+from held import Watch  # noqa: E402
 from kangaroo.decoder import load  # noqa: E402
 from kangaroo.serve.app import Access, make_app  # noqa: E402
 from kangaroo.serve.protocol import REFUSED, ChatRequest, TextRequest  # noqa: E402
@@ -40,8 +38,8 @@ AT_ONCE, PATIENCE = 8, 120
 ALLOWED = {200, 400, 404, 405, 413, 429}
 PART = 1000
 """Requests that are drawn together."""
-LARGEST, GROWTH = 200_000, 128 << 20
-"""Bytes of a body, and by which memory may grow after the first quarter."""
+LARGEST, SPARE_MEMORY = 200_000, 128 << 20
+"""Bytes of a body, and of memory that what draws the requests may keep."""
 KNOWN = {"prompt": "Where would you", "max_tokens": 30, "temperature": 0}
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
@@ -188,7 +186,7 @@ class Fuzz:
         self.live, self.statuses = live, Counter[int]()
         self._client = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_connections=AT_ONCE))
         self._pool = ThreadPoolExecutor(AT_ONCE)
-        self._process, self._sizes = psutil.Process(), list[int]()
+        self.watch = Watch()
 
     def run(self, count: int, number: int | None) -> None:
         """So many requests; the same ones every time for a `number` of None."""
@@ -207,7 +205,7 @@ class Fuzz:
             for sent, answer in zip(group, answers, strict=True):
                 check(sent, answer)
             self.statuses.update(answer.status_code for answer in answers)
-            self._sizes.append(self._process.memory_info().rss)
+            self.watch.look()
 
         (attempt if number is None else seed(number)(attempt))()
 
@@ -217,21 +215,13 @@ class Fuzz:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 
-    def settled(self) -> tuple[int, int]:
-        """(threads, open files) of the process once nothing is under way."""
+    def settle(self) -> None:
+        """Wait until nothing is under way."""
         status = self.live.service.status
         self.live.wait_until(lambda: (status().running, status().waiting) == (0, 0), PATIENCE)  # type: ignore[union-attr]
         self._client.close()
         self._client = httpx.Client(timeout=PATIENCE)
         time.sleep(0.5)
-        gc.collect()
-        return threading.active_count(), self._process.num_fds()
-
-    def check_memory(self) -> str:
-        """What the process has grown by; fails if that is too much."""
-        first, last = self._sizes[len(self._sizes) // 4], self._sizes[-1]
-        assert last - first < GROWTH, f"memory grew by {last - first} bytes"
-        return f"memory {first >> 20} -> {last >> 20} MiB from the first quarter on"
 
 
 def fuzz(count: int, number: int | None) -> list[str]:
@@ -243,21 +233,19 @@ def fuzz(count: int, number: int | None) -> list[str]:
         with serving(make, Access(largest_body=LARGEST)) as live:
             run = Fuzz(live)
             run.run(AT_ONCE, None)  # whatever is made only once
-            text, before = run.known(), run.settled()
+            text = run.known()
+            run.settle()
+            before = run.watch.now()
             began = time.monotonic()
             for first in range(0, count, PART):  # what has been drawn is kept to the end of a part
                 run.run(min(PART, count - first), None if number is None else number + first)
             seconds = time.monotonic() - began
-            after = run.settled()
+            run.settle()
+            held = run.watch.check(before, spare_memory=SPARE_MEMORY, spare=AT_ONCE)
             assert run.known() == text, "the server no longer answers as it did"
-            assert after[0] <= before[0] + AT_ONCE, f"threads {before[0]} -> {after[0]}"
-            assert after[1] <= before[1] + AT_ONCE, f"open files {before[1]} -> {after[1]}"
             said = ", ".join(f"{count} x {status}" for status, count in sorted(run.statuses.items()))
             total = run.statuses.total()
-            return [
-                f"{total:,} requests in {seconds:.0f} s: {said}",
-                f"threads {before[0]} -> {after[0]}, open files {before[1]} -> {after[1]}; {run.check_memory()}",
-            ]
+            return [f"{total:,} requests in {seconds:.0f} s: {said}", held]
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from chat_model import save_chat_model
 from kangaroo.decoder import Decoder, load
 from kangaroo.logprobs import Logprobs
 from kangaroo.sampling import Sampling
+from kangaroo.scheduler import Scheduler, Step
 
 HELLO = [{"role": "user", "content": "I need 3 tickets to Oakland."}]
 OTHERS = [[{"role": "user", "content": text}] for text in ("Where?", "naïve café", "The answer", "eat")]
@@ -217,6 +219,15 @@ def test_errors_are_those_the_client_knows(client: openai.OpenAI, live: Live) ->
     assert client.models.list().data[0].id == "tiny"
 
 
+def test_a_conversation_that_the_template_refuses_is_refused(
+    live: Live, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.tokenizer.wrapped, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    answer = CLIENT.post(live.url + "/v1/chat/completions", json={"messages": HELLO})
+    assert answer.status_code == 400
+    assert "roles must alternate" in answer.json()["error"]["message"]
+
+
 def test_what_a_row_cannot_hold_is_refused_or_cut(decoder: Decoder) -> None:
     with serving(engine_of(decoder, rows=2, capacity=40)) as live:
         post = live.url + "/v1/completions"
@@ -228,7 +239,14 @@ def test_what_a_row_cannot_hold_is_refused_or_cut(decoder: Decoder) -> None:
         assert "40 tokens" in answer.json()["error"]["message"]
 
 
-def test_a_client_that_is_killed_frees_its_row(live: Live) -> None:
+def test_a_client_that_is_killed_frees_its_row(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Scheduler.step
+
+    def slow(self: Scheduler) -> Step:
+        time.sleep(0.05)  # of the answer, 250 rounds at least, most is left when its client is killed
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", slow)
     code = """
         import httpx, sys
         body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -245,7 +263,7 @@ def test_a_client_that_is_killed_frees_its_row(live: Live) -> None:
     assert status.running == 1
     child.kill()
     child.wait()
-    live.wait_until(lambda: live.service.status().running == 0, 1)
+    live.wait_until(lambda: live.service.status().running == 0)
     child.stdout.close()
 
 

@@ -17,7 +17,8 @@ import pytest
 from chat_model import save_chat_model
 
 pytestmark = pytest.mark.slow
-LONG = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True, "temperature": 0}
+LONG = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True, "temperature": 0, "n": 4}
+"""Answers one after the other, so that they take longer than whatever keeps the test from looking."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process(folder: Path, *options: str, loaded: bool = True) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server, and its address."""
     command = [sys.executable, "-c", "import kangaroo_command; kangaroo_command.main()", "serve", "--port", "0"]
-    command += ["--model", str(folder / "target"), "--adapter", str(folder / "adapter"), "--threads", "1", *options]
+    command += [
+        "--model",
+        str(folder / "target"),
+        "--adapter",
+        str(folder / "adapter"),
+        "--threads",
+        "1",
+        "--rows",
+        "1",
+    ]
+    command += options
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert child.stderr is not None

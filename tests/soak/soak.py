@@ -1,6 +1,6 @@
 """`make soak`: a live server under mixed load, a third of whose clients leave; every text must be the one it is alone.
 
-Memory, threads and open files are watched meanwhile: what they have come to after the first quarter they must keep to.
+Memory, threads and open files are watched meanwhile.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import asyncio
 import json
 import random
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "serve")]
 
 from live import Live, engine_of, serving  # noqa: E402
 
+from held import Held, Watch  # noqa: E402
 from kangaroo.decoder import Decoder, load  # noqa: E402
 from kangaroo.sampling import Sampling  # noqa: E402
 from little_model import FILES, TARGET  # noqa: E402
@@ -40,8 +39,8 @@ RULES: tuple[dict[str, Any], ...] = (
     {"choice": ["yes, gladly", "no, thank you", "perhaps"]},
     {"regex": "[A-Z][a-z]{2,9} (is|was) [a-z ]{3,20}[.]"},
 )
-LEAST_GROWTH = 128 << 20
-"""Bytes by which memory may grow after the first quarter: what allocators keep."""
+SPARE_MEMORY, SPARE = 64 << 20, 8
+"""Bytes that allocators may keep in a short run; threads and open files of pools that grow to their size."""
 
 
 def kinds(chance: random.Random, count: int) -> list[dict[str, Any]]:
@@ -88,18 +87,6 @@ def alone(decoder: Decoder, body: dict[str, Any]) -> list[str]:
         others["processor"] = decoder.grammar(**{names[name]: rule for name, rule in rules.items()})
     answers = decoder.generate([body["prompt"]], sampling=Sampling(**given, logit_bias=bias), **others)
     return [answer.text for answer in answers]
-
-
-@dataclass
-class Watch:
-    """What the process holds, from time to time."""
-
-    process: psutil.Process = field(default_factory=psutil.Process)
-    samples: list[tuple[int, int, int]] = field(default_factory=list)
-    """(bytes resident, threads, open files)."""
-
-    def look(self) -> None:
-        self.samples.append((self.process.memory_info().rss, threading.active_count(), self.process.num_fds()))
 
 
 @dataclass
@@ -173,19 +160,12 @@ async def drive(live: Live, bodies: list[dict[str, Any]], given: argparse.Namesp
     return tally
 
 
-def report(tally: Tally, watch: Watch, before: tuple[int, int, int], seconds: float) -> None:
+def report(tally: Tally, watch: Watch, before: Held, seconds: float) -> None:
     """What it has come to; fails for what has grown."""
     done = len(tally.finished)
     print(f"{done} answered, {tally.left} clients left, {tally.refused} found the queue full; {seconds:.0f} s")
     print(f"{tally.tokens} tokens of answers, {tally.tokens / seconds:.0f} tokens/s")
-    settled = watch.samples[len(watch.samples) // 4]
-    for name, first, last, most, unit in (
-        ("resident", settled[0], watch.samples[-1][0], LEAST_GROWTH, 1 << 20),
-        ("threads", settled[1], watch.samples[-1][1], 0, 1),
-        ("open files", before[2], watch.samples[-1][2], 0, 1),
-    ):
-        print(f"{name}: {first // unit} -> {last // unit}" + (" MiB, from the first quarter on" if unit > 1 else ""))
-        assert last - first <= most, f"{name} have grown"
+    print(watch.check(before, spare_memory=SPARE_MEMORY, spare=SPARE))
 
 
 def main() -> int:
@@ -209,14 +189,12 @@ def main() -> int:
     bodies, watch = kinds(random.Random(given.seed), given.kinds), Watch()
     with serving(engine_of(decoder, rows=given.rows, also=DRAFTERS[1:])) as live:
         httpx.post(live.url + "/v1/completions", json=bodies[0])
-        watch.look()
-        before, began = watch.samples[0], time.monotonic()
+        before, began = watch.now(), time.monotonic()
         tally = asyncio.run(drive(live, bodies, given, watch))
         seconds = time.monotonic() - began
         live.wait_until(lambda: live.service.status().running == 0)  # type: ignore[union-attr]
-        time.sleep(1)
-        watch.look()
-    report(tally, watch, before, seconds)
+        time.sleep(1)  # connections close
+        report(tally, watch, before, seconds)
     plain = decoder.plain()
     wanted = {kind: alone(plain, bodies[kind]) for kind in {kind for kind, _ in tally.finished}}
     wrong = [kind for kind, texts in tally.finished if texts != wanted[kind]]

@@ -23,12 +23,13 @@ class Arrival:
 
 
 def arrivals(committed: Committed) -> Iterator[Arrival]:
-    """The committed tokens, row by row, on the host."""
+    """The committed tokens, row by row, on the host; rows that nothing has joined are left out."""
     where, prompt = committed.where, committed.path is None
     rows = range(len(committed.text)) if where.rows is None else where.rows.tolist()
     fresh = prompt and where.start == 0
     for row, tokens in zip(rows, committed.text, strict=True):
-        yield Arrival(row, list(tokens), fresh, prompt)
+        if tokens or fresh:
+            yield Arrival(row, list(tokens), fresh, prompt)
 
 
 Kept = TypeVar("Kept")

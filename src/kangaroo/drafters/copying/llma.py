@@ -59,7 +59,7 @@ class LLMA:
                 self._prompts[row], self._outputs[row] = new_index(self._config), None
             if arrived.prompt and self._references is None:
                 self._prompts[row].extend(tokens)
-            if not arrived.prompt and tokens:
+            if not arrived.prompt:
                 output = self._outputs[row]
                 output = tokens[1:] if output is None else [*output, *tokens]
                 self._outputs[row] = output[-self._config.longest :]
@@ -69,8 +69,9 @@ class LLMA:
         self._prompts, self._outputs = rearranged(self._prompts, rows), rearranged(self._outputs, rows)
 
     def draft(self, state: State) -> Draft:
-        """What follows the row's latest output in a reference; nothing before there is any."""
-        return copy_chain(state, [self._find(number, row.pending) for number, row in enumerate(state.rows)])
+        """What follows the row's latest output in a reference; nothing before there is any, or even a prompt."""
+        found = [self._find(number, row.pending) if row.active else [] for number, row in enumerate(state.rows)]
+        return copy_chain(state, found)
 
     def _find(self, row: int, pending: int) -> list[int]:
         output = self._outputs[row]

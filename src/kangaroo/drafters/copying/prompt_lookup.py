@@ -54,9 +54,12 @@ class PromptLookup:
         self._texts = rearranged(self._texts, rows)
 
     def draft(self, state: State) -> Draft:
-        """The continuation found for each row."""
-        limit, rows = self._config.max_draft, enumerate(state.rows)
-        return copy_chain(state, [self._texts[number].continuation(row.pending, limit)[1] for number, row in rows])
+        """The continuation found for each row that takes part; of others the prompt may not have come."""
+        found = [self._find(number, row.pending) if row.active else [] for number, row in enumerate(state.rows)]
+        return copy_chain(state, found)
+
+    def _find(self, row: int, pending: int) -> list[int]:
+        return self._texts[row].continuation(pending, self._config.max_draft)[1]
 
 
 def build(target: Target, tokenizer: Any, settings: Settings) -> Callable[[], PromptLookup]:

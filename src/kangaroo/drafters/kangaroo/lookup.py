@@ -113,7 +113,7 @@ class KangarooLookup:
                 # Of its own row alone, so that no row's drafts depend on its neighbours.
                 self._odds[arrived.row] = Odds(self._config, self._draft_cost)
             self._texts[arrived.row].extend(arrived.tokens)
-            if not arrived.prompt and arrived.tokens:
+            if not arrived.prompt:
                 drafted = committed.drafted[arrived.row]
                 self._odds[arrived.row].learn(self._matches[arrived.row], drafted, len(arrived.tokens))
 
@@ -124,7 +124,8 @@ class KangarooLookup:
 
     def draft(self, state: State) -> Draft:
         """Copies where they promise more, drafts of the adapter elsewhere."""
-        found = [self._look_up(number, row.pending) for number, row in enumerate(state.rows)]
+        nothing = 0, list[int]()  # of rows that take no part the prompt may not have come
+        found = [self._look_up(number, row.pending) if row.active else nothing for number, row in enumerate(state.rows)]
         copies = copy_chain(state, [copy for _, copy in found])
         self._matches = [match for match, _ in found]
         copying = torch.tensor(self._matches, device=state.tokens.device) > 0
