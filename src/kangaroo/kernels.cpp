@@ -57,7 +57,11 @@ inline void narrow(float x, Bfloat *to) {
 }
 inline Floats load(const float *from) { return *(const Floats *)from; }
 inline Floats load(const Bfloat *from) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#else
     return (Floats)(__builtin_convertvector(*(const Halves *)from, Words) << 16);
+#endif
 }
 inline void store(Floats x, float *to) { *(Floats *)to = x; }
 
@@ -72,6 +76,23 @@ inline float total(Floats x) {
     return sums[0];
 #endif
 }
+
+template <class T> inline float dot(const T *a, const float *b, long size) {
+    Floats sum = {};
+    for (long d = 0; d < size; d += LANES) sum = fma(load(a + d), load(b + d), sum);
+    return total(sum);
+}
+#if defined(__AVX512BF16__)
+inline float dot(const Bfloat *a, const Bfloat *b, long size) {
+    Floats sum = {};
+    for (long d = 0; d < size; d += 2 * LANES) {
+        __mmask32 there = size - d < 2 * LANES ? 0xffffu : 0xffffffffu;
+        __m512i left = _mm512_maskz_loadu_epi16(there, a + d), right = _mm512_maskz_loadu_epi16(there, b + d);
+        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+    }
+    return total(sum);
+}
+#endif
 
 // e^x after Cephes' expf: 2^n e^r with |r| <= ln 2 / 2; what underflows is zero.
 inline Floats exponential(Floats x) {
@@ -237,25 +258,23 @@ inline void mix(const T *values, long stride, const std::vector<int64_t> &seen, 
 template <class T>
 void attend(const float *queries, const T *keys, const T *values, const std::vector<int64_t> &seen, long stride,
             long group, long dim, float scale, float *out) {
-    static thread_local std::vector<float> scores;
+    static thread_local std::vector<float> room;
+    static thread_local std::vector<Input<T>> rounded;
     long count = seen.size(), padded = (count + LANES - 1) / LANES * LANES;
-    scores.assign(group * padded, -INFINITY);
-    std::vector<float> best(group, -INFINITY);
-    for (long i = 0; i < count; i++) {
-        const T *key = keys + seen[i] * stride;
-        for (long g = 0; g < group; g++) {
-            Floats sum = {};
-            for (long d = 0; d < dim; d += LANES) sum = fma(load(key + d), load(queries + g * dim + d), sum);
-            float score = total(sum) * scale;
-            scores[g * padded + i] = score;
-            best[g] = score > best[g] ? score : best[g];
-        }
-    }
+    room.assign(group * padded, -INFINITY);
+    rounded.resize(group * dim);
+    float *scores = room.data();
+    Input<T> *asked = rounded.data();
+    for (long d = 0; d < group * dim; d++) narrow(queries[d], asked + d);
+    for (long i = 0; i < count; i++)
+        for (long g = 0; g < group; g++)
+            scores[g * padded + i] = dot(keys + seen[i] * stride, asked + g * dim, dim) * scale;
     for (long g = 0; g < group; g++) {
-        float *weights = &scores[g * padded];
+        float *weights = scores + g * padded, best = -INFINITY;
+        for (long i = 0; i < count; i++) best = weights[i] > best ? weights[i] : best;
         Floats sums = {};
         for (long i = 0; i < padded; i += LANES) {
-            Floats weight = exponential(load(weights + i) - best[g]);
+            Floats weight = exponential(load(weights + i) - best);
             store(weight, weights + i);
             sums += weight;
         }
