@@ -94,9 +94,9 @@ def check_size(name: str | Path, dtype: torch.dtype | None, **options: Any) -> N
     if not is_folder(Path(name)):
         return
     config = AutoConfig.from_pretrained(name, **options)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if layers > MOST_LAYERS:
-        raise ModelError(f"{name_path(name)}/config.json describes {layers:,} layers; {MOST_LAYERS:,} are the most")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ModelError(f"{name_path(name)}/config.json describes {layers:,} layers, not 1 to {MOST_LAYERS:,}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
     numbers = sum(parameter.numel() for parameter in model.parameters())
