@@ -36,7 +36,7 @@ def _download(address: str) -> bytes:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             content: bytes = answer.read()
             return content
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         raise DataError(f"cannot fetch {address}: {error}") from None
 
 
