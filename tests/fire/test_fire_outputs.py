@@ -175,6 +175,22 @@ def test_an_interruption_while_the_program_loads() -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc']", "name one in TMPDIR"),
+        ("import sys; sys.modules['uvicorn'] = None", "kangaroo-decoding[serve]"),
+    ],
+    ids=["no temporary folder", "no server"],
+)
+def test_what_is_missing_while_the_program_loads(broken: str, named: str) -> None:
+    command = f"{broken}; from kangaroo_command import main; main()"
+    done = subprocess.run([sys.executable, "-c", command, "serve"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert named in done.stderr
+
+
 # --- JSON
 
 
