@@ -72,9 +72,11 @@ def run_load(load: Load, report: Callable[[int, int], None] = lambda done, total
     except ModuleNotFoundError:
         raise ConfigError("a load test needs httpx: pip install 'kangaroo-decoding[serve]'") from None
     try:
-        httpx.URL(load.url)
+        port = httpx.URL(load.url).port
     except httpx.InvalidURL as error:
         raise ConfigError(f"{shown(load.url)} is no address of a server: {error}") from None
+    if port is not None and not 0 < port < 2**16:
+        raise ConfigError(f"{shown(load.url)} is no address of a server: there is no port {port}")
     try:
         return asyncio.run(_run(load, report))
     except httpx.HTTPStatusError as error:
