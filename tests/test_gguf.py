@@ -1,6 +1,7 @@
 """Models in llama.cpp's files: read as they were written, and refused in one line where they cannot be."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def test_a_gguf_file_that_cannot_be_read_is_one_line(
     with pytest.raises(ModelError, match=message) as caught:
         load_model(spoil(folder, tmp_path / "model.gguf"), torch.float32)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_not_made_whole(folder: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", folder)
+    path.write_bytes(path.read_bytes().replace(b"blk.2.ffn_up", b"blk.2.ffn_xx"))
+    with pytest.raises(ModelError, match=r"not all there: 'model.layers.2.mlp.up_proj.weight'"):
+        load_model(path, torch.float32)
+
+
+def test_a_bit_flipped_in_the_head_of_a_gguf_file_is_refused_in_one_line_or_read(folder: Path, tmp_path: Path) -> None:
+    path, chance = write_gguf(tmp_path / "model.gguf", folder), random.Random(0)
+    whole, said = path.read_bytes(), list[str]()
+    for at in chance.sample(range(whole.index(b"tokenizer.ggml.model")), 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+        try:
+            load_model(path, torch.float32)
+        except ModelError as error:
+            said.append(str(error))
+    assert len(said) > 10
+    assert not any("\n" in line for line in said)
 
 
 def test_a_gguf_file_without_a_tokenizer_is_one_line(folder: Path, tmp_path: Path) -> None:

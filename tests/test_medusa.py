@@ -161,7 +161,7 @@ def test_settings_that_cannot_be(folder: Path, name: str, settings: dict[str, ob
 
 
 def test_no_heads_at_all() -> None:
-    with pytest.raises(ConfigError, match="needs at least 1 head, got 0"):
+    with pytest.raises(ConfigError, match="has 1 to 63 heads, got 0"):
         MedusaConfig(heads=0)
 
 

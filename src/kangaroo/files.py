@@ -25,6 +25,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Readers see the old file or the new one; a crash or a full disk leaves the old one as it was.
     Raises CapacityError for a disk that is full, ConfigError for a place that cannot be written to.
     """
+    need_file_or_nothing(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -35,6 +36,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def need_file_or_nothing(path: Path) -> None:
+    """Raise ConfigError for a device, a pipe or a folder: a file moved into its place would put an end to it."""
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"cannot write {name_path(path)}: that is no file; choose another place")
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Where transformers has a kernel for a file's blocks, the weights stay packed as 
 none, and they are unpacked once, at load time.
 """
 
-import struct
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from kangaroo.errors import ModelError
 from kangaroo.inputs import name_path
-from kangaroo.model_files import quietly
+from kangaroo.model_files import WHOLE, is_of_loaders, need_whole_model, quietly
 
 SUFFIX = ".gguf"
 Loaded = TypeVar("Loaded")
-_DAMAGE = (ValueError, IndexError, KeyError, struct.error, OverflowError, UnicodeDecodeError)
-"""What the readers raise for a file that ends early, or does not hold what it says."""
 
 
 def is_gguf(name: str | Path) -> bool:
@@ -38,7 +35,8 @@ def load_gguf_model(name: str | Path, dtype: torch.dtype | None, device: torch.d
     if device.type == "cpu":
         options["quantization_config"] = GgufConfig(dequantize=True)
 
-    model: PreTrainedModel = _read(path, lambda: AutoModelForCausalLM.from_pretrained(path.parent, **options))
+    model, facts = _read(path, lambda: AutoModelForCausalLM.from_pretrained(path.parent, **WHOLE, **options))
+    need_whole_model(facts, path)
     model.config._name_or_path = str(path)  # where the tokenizer is
     return model
 
@@ -65,7 +63,9 @@ def _read(path: Path, read: Callable[[], Loaded], what: str = "a causal LM") -> 
     try:
         with quietly():
             return read()
-    except _DAMAGE as error:
+    except Exception as error:
+        if not is_of_loaders(error):
+            raise
         text = " ".join(str(error).split())
         known = "not supported" in text
         why = text if known else f"the file is truncated, or lacks what it needs ({type(error).__name__}: {text[:120]})"

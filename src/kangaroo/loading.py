@@ -11,7 +11,7 @@ from kangaroo.checks import LARGEST, shown
 from kangaroo.demo.smollm2 import smollm2
 from kangaroo.errors import ConfigError, ModelError
 from kangaroo.gguf_file import is_gguf, load_gguf_model, load_gguf_tokenizer
-from kangaroo.model_files import check_size, first_line, reading_model
+from kangaroo.model_files import WHOLE, check_size, first_line, need_whole_model, reading_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -60,14 +60,8 @@ def load_model(
     found = _find(name)
     with reading_model("a causal LM", found):
         check_size(found, kind, **options)
-        load = AutoModelForCausalLM.from_pretrained
-        told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, facts = load(found, dtype=kind or "auto", **told, **options)
-    # What is missing or does not fit is made up by transformers, at random.
-    if missing := sorted(facts["missing_keys"]):
-        raise ModelError(f"the weights in {name} are not all there: {missing[0]!r} is one of {len(missing)} missing")
-    for tensor, got, wanted in sorted(facts["mismatched_keys"]):
-        raise ModelError(f"the weights in {name} do not fit its config: {tensor!r} is {[*got]}, not {[*wanted]}")
+        model, facts = AutoModelForCausalLM.from_pretrained(found, dtype=kind or "auto", **WHOLE, **options)
+    need_whole_model(facts, name)
     return model.to(place)
 
 

@@ -1,8 +1,9 @@
 """Models and tokenizers as folders: what transformers would stumble over is found, and said, first."""
 
 import os
+import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ MOST_LAYERS = 10_000
 """Of a model: to count the weights of more takes minutes."""
 _OF_LOADERS = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError, RuntimeError, TypeError),
-    *(ValueError, HFValidationError, SafetensorError, StrictDataclassError),
+    *(ValueError, HFValidationError, SafetensorError, StrictDataclassError, struct.error),
 )
 """What reading a model's files raises, in transformers and below it, where they hold something unexpected."""
 
@@ -59,13 +60,28 @@ def reading_model(what: str, name: str | Path) -> Iterator[None]:
     try:
         with quietly():
             yield
-    except _OF_LOADERS as error:
-        raise ModelError(f"cannot load {what} from {shown}: {first_line(error)}") from None
     except Exception as error:
-        # tokenizers raises nothing more special than this for a tokenizer.json that it cannot read.
-        if type(error) is not Exception:
+        if not is_of_loaders(error):
             raise
         raise ModelError(f"cannot load {what} from {shown}: {first_line(error)}") from None
+
+
+def is_of_loaders(error: Exception) -> bool:
+    """Whether an error is one of those that transformers, and what is below it, stumble over files with."""
+    # tokenizers raises nothing more special than an Exception for a tokenizer.json that it cannot read.
+    return isinstance(error, _OF_LOADERS) or type(error) is Exception
+
+
+WHOLE = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options of `from_pretrained` with which it also returns what `need_whole_model` looks at."""
+
+
+def need_whole_model(facts: Mapping[str, Any], name: str | Path) -> None:
+    """Raise ModelError for weights that are missing or do not fit: transformers makes them up, at random."""
+    if missing := sorted(facts["missing_keys"]):
+        raise ModelError(f"the weights in {name} are not all there: {missing[0]!r} is one of {len(missing)} missing")
+    for tensor, got, wanted in sorted(facts["mismatched_keys"]):
+        raise ModelError(f"the weights in {name} do not fit its config: {tensor!r} is {[*got]}, not {[*wanted]}")
 
 
 @contextmanager
@@ -94,9 +110,9 @@ def check_size(name: str | Path, dtype: torch.dtype | None, **options: Any) -> N
     if not is_folder(Path(name)):
         return
     config = AutoConfig.from_pretrained(name, **options)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if layers > MOST_LAYERS:
-        raise ModelError(f"{name_path(name)}/config.json describes {layers:,} layers; {MOST_LAYERS:,} are the most")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not 1 <= layers <= MOST_LAYERS:
+        raise ModelError(f"{name_path(name)}/config.json describes {layers:,} layers, not 1 to {MOST_LAYERS:,}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.get("trust_remote_code", False))
     numbers = sum(parameter.numel() for parameter in model.parameters())

@@ -176,5 +176,6 @@ def test_questions_from_the_web(address: str) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file of questions"):
         fetch(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(DataError, match="cannot fetch"):
-        fetch("http://127.0.0.1:9/closed")
+    for address in ("http://127.0.0.1:9/closed", "http://\udcff", "http://[", "http://127.0.0.1:99999999/x"):
+        with pytest.raises(DataError, match="cannot fetch"):
+            fetch(address)

@@ -38,6 +38,8 @@ def documents(tmp_path: Path) -> str:
 def places(folder: Path) -> dict[str, Path]:
     (folder / "file").write_text("kept")
     (folder / "loop").symlink_to(folder / "loop")
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to(folder / "pipe")
     return {
         "a file": folder / "file",
         "below a file": folder / "file" / "below",
@@ -45,10 +47,12 @@ def places(folder: Path) -> dict[str, Path]:
         "long": folder / ("x" * 5000),
         "loop": folder / "loop",
         "null character": folder / "nu\0ll",
+        "pipe": folder / "pipe",
+        "link to a pipe": folder / "link",
     }
 
 
-@pytest.mark.parametrize("place", ["below a file", "proc", "long", "loop", "null character"])
+@pytest.mark.parametrize("place", ["below a file", "proc", "long", "loop", "null character", "pipe", "link to a pipe"])
 def test_a_datastore_that_cannot_be_written(
     place: str, documents: str, model: str, refused: Refused, tmp_path: Path
 ) -> None:
@@ -56,9 +60,10 @@ def test_a_datastore_that_cannot_be_written(
     output = output / "x.rest" if place == "loop" else output
     refused("datastore", "build", documents, "--model", model, "--output", str(output))
     assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "pipe").is_fifo(), "what is no file, as a device is none, stays where it is"
 
 
-@pytest.mark.parametrize("place", ["a file", "below a file", "proc", "long", "loop", "null character"])
+@pytest.mark.parametrize("place", ["a file", "below a file", "proc", "long", "loop", "null character", "pipe"])
 def test_an_output_folder_that_cannot_be_made(
     place: str, documents: str, model: str, refused: Refused, tmp_path: Path
 ) -> None:
@@ -170,6 +175,22 @@ def test_an_interruption_while_the_program_loads() -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc']", "name one in TMPDIR"),
+        ("import sys; sys.modules['uvicorn'] = None", "kangaroo-decoding[serve]"),
+    ],
+    ids=["no temporary folder", "no server"],
+)
+def test_what_is_missing_while_the_program_loads(broken: str, named: str) -> None:
+    command = f"{broken}; from kangaroo_command import main; main()"
+    done = subprocess.run([sys.executable, "-c", command, "serve"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert named in done.stderr
+
+
 # --- JSON
 
 
@@ -263,7 +284,11 @@ def test_a_check_says_whether_it_failed_or_could_not_tell(
 
 
 def test_a_comparison_tells_ties_from_losses(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [Line(name, [1], name == "none", 1.0, 1.0, 1, 0, 0, 0.1, 0.1, 0.1, 0.7) for name in ("none", "a", "b")]
+    figures = {"seconds": 1.0, "speedup": 1.0, "rounds": 1, "drafted": 0, "accepted": 0}
+    shares = dict.fromkeys(("prefill", "draft", "verify", "rest"), 0.25)
+    lines = [
+        Line(method=name, tokens=[1], identical=name == "none", **figures, **shares) for name in ("none", "a", "b")
+    ]
     show_lines(lines, {}, {"a"}, TIES)
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert ["identical" in told["none"], "a tie" in told["a"], "DIFFERS" in told["b"]] == [True] * 3

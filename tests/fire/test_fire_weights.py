@@ -223,6 +223,7 @@ def test_weights_that_lack_a_tensor_are_not_made_up(copy: Path, refused: Refused
         ({"hidden_size": 48}, "do not fit its config"),
         ({"hidden_size": 0}, "do not fit its config"),
         ({"num_hidden_layers": 9}, "missing"),
+        ({"num_hidden_layers": 0}, "0 layers"),
         ({"num_hidden_layers": 10**9}, "1,000,000,000 layers"),
         ({"vocab_size": -5}, "-5"),
         ({"model_type": "nonsense"}, "nonsense"),

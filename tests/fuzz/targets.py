@@ -292,11 +292,34 @@ def _stop(place: Place, drawn: tuple[str, list[str]]) -> None:
     assert got == text or len(got) in places
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "pattern": "a+"}, "age": {"enum": [1, 2]}},
+    "required": ["name"],
+    "additionalProperties": {"type": "array", "items": {"type": "number", "minimum": 0}, "maxItems": 3},
+}
+
+
+def _grammars(place: Place) -> st.SearchStrategy[Any]:
+    rules = {
+        "json_schema": changed(SCHEMA) | values | texts,
+        "regex": st.text("ab(|)[]*+{}0,\\^.\ud800", max_size=12) | values,
+        "choice": st.lists(texts, max_size=3) | values,
+        "lark": st.text('start: x\n|"ab()*', max_size=12).map(lambda text: f"start: {text}") | values,
+    }
+    return st.sampled_from(list(rules)).flatmap(lambda kind: st.tuples(st.just(kind), rules[kind]))
+
+
+def _compile_grammar(place: Place, drawn: tuple[str, Any]) -> None:
+    place.decoder.grammar(**{drawn[0]: drawn[1]})
+
+
 TARGETS: dict[str, Fuzzed] = {
     "drafters": Fuzzed(_settings, _draft),
     "samplings": Fuzzed(_sampling, _sample),
     "requests": Fuzzed(_requests, _request),
     "prompts": Fuzzed(_prompts, lambda p, d: p.decoder.generate(d[0], max_tokens=2, stop=d[1])),
+    "grammars": Fuzzed(_grammars, _compile_grammar),
     "adapter configs": Fuzzed(_config, _load_adapter),
     "adapter weights": Fuzzed(_weights, _load_weights),
     "calibrations": Fuzzed(_calibration, _calibrate),

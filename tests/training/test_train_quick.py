@@ -62,7 +62,7 @@ def test_too_short_or_nothing_to_go_by(make_lesson: MakeLesson, target_folder: P
 
     with pytest.raises(ConfigError, match=r"--minutes is too short: 20 steps .* minutes"):
         run(minutes=1e-6)
-    for minutes in (0.0, -1.0, float("nan"), float("inf")):
+    for minutes in (0.0, -1.0, float("nan"), float("inf"), 1e300):
         with pytest.raises(ConfigError, match="--minutes must be a number > 0"):
             run(minutes=minutes)
     with pytest.raises(ModelError, match="cannot load a causal LM"):

@@ -3,7 +3,6 @@
 import gzip
 import http.client
 import re
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +35,7 @@ def _download(address: str) -> bytes:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             content: bytes = answer.read()
             return content
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
         raise DataError(f"cannot fetch {address}: {error}") from None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from kangaroo.bench.report.plots import WIDE, look
 from kangaroo.bench.report.svg import draw
 from kangaroo.chat import Messages
+from kangaroo.checks import shown
 from kangaroo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ def run_load(load: Load, report: Callable[[int, int], None] = lambda done, total
         import httpx
     except ModuleNotFoundError:
         raise ConfigError("a load test needs httpx: pip install 'kangaroo-decoding[serve]'") from None
+    try:
+        port = httpx.URL(load.url).port
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{shown(load.url)} is no address of a server: {error}") from None
+    if port is not None and not 0 < port < 2**16:
+        raise ConfigError(f"{shown(load.url)} is no address of a server: there is no port {port}")
     try:
         return asyncio.run(_run(load, report))
     except httpx.HTTPStatusError as error:

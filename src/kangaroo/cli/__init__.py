@@ -2,13 +2,14 @@
 
 import keyword
 import sys
+import tempfile
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from kangaroo.cli.output import checked_output, print_error
-from kangaroo.errors import KangarooError
+from kangaroo.errors import ConfigError, KangarooError
 
 VERBS = {
     "demo": "Answer held-out prompts with the demo model, with Kangaroo and without, and compare texts and speed.",
@@ -69,16 +70,25 @@ STOPPED = 130
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 2."""
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    app = make_app(verb)
-    if verb in VERBS:
-        import_module("transformers.utils.logging").disable_progress_bar()
     try:
+        if verb in VERBS:
+            _need_temporary_folder()
+            import_module("transformers.utils.logging").disable_progress_bar()
+        app = make_app(verb)
         with checked_output():
             status = _run(app)
     except KangarooError as error:
         print_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
         status = 2
     sys.exit(status)
+
+
+def _need_temporary_folder() -> None:
+    """Raise ConfigError unless there is one: torch does not even load without."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError("no folder for temporary files can be written to: make room, or name one in TMPDIR") from None
 
 
 def _run(app: typer.Typer) -> int:

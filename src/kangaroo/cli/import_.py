@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kangaroo.checks import shown
 from kangaroo.cli.options import Threads, set_threads
 from kangaroo.cli.terminal import notes, out
 from kangaroo.decoder import Decoder, load
@@ -52,7 +53,7 @@ def _parse_taps(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise ConfigError(f"--taps takes three numbers of layers, as in 2,16,29, got {text!r}")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+        raise ConfigError(f"--taps takes three numbers of layers, as in 2,16,29, got {shown(text)}")
     low, middle, high = map(int, parts)
     return low, middle, high

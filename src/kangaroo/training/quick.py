@@ -8,7 +8,6 @@ take at most SHARE_OF_EVALUATIONS; the rest goes to steps over rows whose states
 """
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,8 @@ SHARE_OF_STATES, SHARE_OF_EVALUATIONS = 0.4, 0.2
 FEWEST_STEPS, FEWEST_BATCHES = 20, 5
 FEWEST_EVALUATIONS, MOST_EVALUATIONS = 2, 10
 RECIPE = "recipe.toml"
+LONGEST = 525_600
+"""Minutes, which is a year."""
 SIZES = ("vocab_size", "num_hidden_layers", "hidden_size", "max_position_embeddings")
 """Of a model, by their names in its configuration."""
 
@@ -66,8 +67,8 @@ def train_quickly(
     Raises ConfigError if the time is too short to learn anything in, or if the output folder holds a run or another
     process writes to it; DataError or ModelError.
     """
-    if not 0 < minutes < math.inf:
-        raise ConfigError(f"--minutes must be a number > 0, got {minutes}")
+    if not 0 < minutes <= LONGEST:
+        raise ConfigError(f"--minutes must be a number > 0 and at most {LONGEST:,}, got {minutes:g}")
     deadline = time.perf_counter() + 60 * minutes
     recipe = choose_recipe(model, output, settings)
     with joined_for(recipe):

@@ -20,7 +20,7 @@ from kangaroo.checks import shown
 from kangaroo.documents import Document, read_as_model
 from kangaroo.drafters.copying.suffixes import Bytes, SuffixArray, bytes_to_sort, id_bytes, join, load_sorter
 from kangaroo.errors import CapacityError, ConfigError, DataError
-from kangaroo.files import write_atomically, writing
+from kangaroo.files import need_file_or_nothing, write_atomically, writing
 from kangaroo.inputs import is_file, is_folder, name_path, need_file
 from kangaroo.machine import available_bytes, human_bytes
 
@@ -80,7 +80,8 @@ def build_datastore(
     sort, vocab_size = load_sorter(), max(tokenizer.get_vocab().values()) + 1
     if is_folder(path):
         raise ConfigError(f"a datastore is one file, but {path} is a folder: name a file in it")
-    with writing(path):  # before minutes of work, not after them
+    need_file_or_nothing(path)  # before minutes of work, not after them
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     tokens = join(_tokenise(documents, tokenizer, report), vocab_size)
     if not len(tokens):
