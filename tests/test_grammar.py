@@ -285,6 +285,8 @@ def test_min_tokens_and_a_complete_grammar_leave_nothing() -> None:
         ({"json_schema": {"const": float("nan")}}, "not JSON"),
         ({"json_schema": [1]}, "must be an object"),
         ({"json_schema": '{"items":' * 5000 + "{}" + "}" * 5000}, "json_schema"),
+        ({"json_schema": {"const": 10**400}}, "out of range"),
+        ({"json_schema": '{"items":' * 200 + "{}" + "}" * 200}, "json_schema cannot be compiled"),
         ({"regex": "(?=a)b"}, "look-ahead"),
         ({"regex": "["}, "unclosed"),
         ({"regex": r"[^\s\S]"}, "no text at all"),

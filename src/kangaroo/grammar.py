@@ -225,10 +225,14 @@ def _field(mapping: Mapping[str, Any], where: str, name: str, kind: type) -> Any
 
 
 def _rules(kind: str, given: Any) -> str:
-    """A grammar as llguidance reads it. Raises ConfigError for what is none by its type."""
+    """A grammar as llguidance reads it. Raises ConfigError for what is none by its type, or beyond what it can read."""
     matcher = _llguidance().LLMatcher
     if kind == "json_schema":
-        return str(matcher.grammar_from_json_schema(_schema_text(given), defaults=AS_PYTHON_WRITES_IT))
+        schema = _schema_text(given)
+        try:
+            return str(matcher.grammar_from_json_schema(schema, defaults=AS_PYTHON_WRITES_IT))
+        except ValueError as error:  # numbers and depths that Python's JSON has no bounds for
+            raise ConfigError(f"json_schema cannot be compiled: {_reason(str(error))}") from None
     if kind == "choice":
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ConfigError(f"choice is a list of texts, got {shown(given)}")

@@ -36,7 +36,7 @@ def test_a_load_test_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureF
     assert found["identical"] == found["compared"] == 5
     total = sum(level["tokens"] for level in levels)
     counted = next(line for line in done.splitlines() if line.startswith("kangaroo_generation_tokens_total"))
-    assert total < float(counted.split()[1]) <= total + 12, "two requests came before, to warm up"
+    assert total < float(counted.split()[1]) <= total + 12 + 3, "two requests came before, to warm up, and each prompt"
     for level in levels:
         assert 0 < level["time_to_first_token"]["p50"] <= level["whole"]["p50"] <= level["whole"]["p99"]
         assert level["tokens_per_second"] == level["tokens"] / level["seconds"]

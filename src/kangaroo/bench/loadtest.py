@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,8 @@ async def _run(load: Load, report: Callable[[int, int], None]) -> dict[str, Any]
     ) as client:
         for speculate in (True, False):  # what is slow only the first time
             await _ask(client, load, 0, _Tally(), speculate=speculate)
+        # Prompts that a server keeps help whoever asks second: both find them kept, or neither.
+        await _level(client, replace(load, max_tokens=1), max(load.levels), speculate=False)
         for at_once in load.levels:
             texts = list[dict[int, str]]()
             for speculate in (True, False):
