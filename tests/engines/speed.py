@@ -138,7 +138,7 @@ def measure(wanted: argparse.Namespace) -> list[dict[str, Any]]:
     where = _surroundings(wanted)
     return [
         {"engine": wanted.engine, "dtype": wanted.dtype, "draft": name}
-        | _facts(prompts, found[""], found[name], found[f"{name} alone"])
+        | figures(prompts, found[""], found[name], found[f"{name} alone"])
         | {"draft tokens": setup.draft_tokens, "confidence": setup.confidence if wanted.engine in SURE else None}
         | where
         for name, setup in drafts.items()
@@ -179,7 +179,7 @@ def _prompts(wanted: argparse.Namespace) -> list[list[int]]:
     return [prompt for prompt in ids if len(prompt) <= wanted.longest][: wanted.prompts]
 
 
-def _facts(
+def figures(
     prompts: Sequence[list[int]], plain: Sequence[Asked], drafted: Sequence[Asked], alone: Sequence[Asked]
 ) -> dict[str, Any]:
     """Costs are in steps of the engine's own, without a draft; intervals hold 95 % of resamples of the prompts."""
