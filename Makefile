@@ -16,7 +16,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo report fmt check test test-all test-gpu test-engines test-lowest fuzz fuzz-server faults soak docs clean
+.PHONY: help install demo report fmt check test test-all test-gpu test-engines speed-engines test-lowest fuzz fuzz-server faults soak docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -103,6 +103,11 @@ $(ENGINES)-vllm/.installed: Makefile
 # KANGAROO_ENGINE_PROMPTS=40 KANGAROO_ENGINE_TOKENS=64 asks for more than the quick form does.
 test-engines: $(STAMP) $(ENGINES)/.installed $(if $(VLLM),$(ENGINES)-vllm/.installed) ## exported drafts in the engines they are for
 	$(BIN)/pytest tests/engines -m engines -s $(ARGS)
+
+speed-engines: $(STAMP) $(ENGINES)/.installed $(if $(VLLM),$(ENGINES)-vllm/.installed) ## renew docs/export.md: ARGS="--questions question.jsonl"
+	@for engine in llama.cpp transformers openvino $(if $(VLLM),vllm); do \
+		$(BIN)/python tests/engines/speed.py $$engine --record $(ARGS) || exit 1; \
+	done
 
 # The oldest torch and transformers that are supported. The package index may serve that torch with accelerator packages
 # only, 5 GB once installed; TORCH names another build: make test-lowest TORCH="torch==2.11.0 --index-url ..."

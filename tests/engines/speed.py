@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", action="append", help="a folder, or demo, which ships; may be repeated")
     parser.add_argument("--questions", type=Path, default=demo.PROMPTS)
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--minutes", type=float, default=60, help="after which no further prompt is asked")
     parser.add_argument("--longest", type=int, default=1024, help="tokens of a prompt; longer ones are left out")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
@@ -128,7 +130,10 @@ def measure(wanted: argparse.Namespace) -> list[dict[str, Any]]:
         for ask in sides.values():
             ask(prompts[0], wanted.tokens)  # the first answer pays for what is set up once
         found: dict[str, list[Asked]] = {name: [] for name in sides}
+        ending = time.monotonic() + 60 * wanted.minutes
         for number, prompt in enumerate(prompts):
+            if time.monotonic() > ending:
+                break
             order = [*sides][number % len(sides) :] + [*sides][: number % len(sides)]
             for name in order:
                 if name.endswith(" alone") and number >= ALONE:
@@ -138,7 +143,7 @@ def measure(wanted: argparse.Namespace) -> list[dict[str, Any]]:
     where = _surroundings(wanted)
     return [
         {"engine": wanted.engine, "dtype": wanted.dtype, "draft": name}
-        | _facts(prompts, found[""], found[name], found[f"{name} alone"])
+        | figures(prompts, found[""], found[name], found[f"{name} alone"])
         | {"draft tokens": setup.draft_tokens, "confidence": setup.confidence if wanted.engine in SURE else None}
         | where
         for name, setup in drafts.items()
@@ -179,7 +184,7 @@ def _prompts(wanted: argparse.Namespace) -> list[list[int]]:
     return [prompt for prompt in ids if len(prompt) <= wanted.longest][: wanted.prompts]
 
 
-def _facts(
+def figures(
     prompts: Sequence[list[int]], plain: Sequence[Asked], drafted: Sequence[Asked], alone: Sequence[Asked]
 ) -> dict[str, Any]:
     """Costs are in steps of the engine's own, without a draft; intervals hold 95 % of resamples of the prompts."""
@@ -189,13 +194,13 @@ def _facts(
     )
     rounds = sum(len(one.whole.tokens) - 1 for one in drafted) - accepted
     a_round = sum(one.further for one in drafted) / rounds
-    pairs = [*zip(prompts, plain, drafted, strict=True)]
+    pairs = [*zip(prompts, plain, drafted, strict=False)]
     parted = [(p, a.whole.tokens, b.whole.tokens) for p, a, b in pairs if a.whole.tokens != b.whole.tokens]
     whole, low, high = _ratio([(a.whole.seconds, b.whole.seconds) for _, a, b in pairs])
     decoding = _ratio([(a.further, b.further) for _, a, b in pairs])
     return {
         "prompts": len(pairs),
-        "prompt tokens": sum(map(len, prompts)),
+        "prompt tokens": sum(len(prompt) for prompt, *_ in pairs),
         "texts equal": f"{len(pairs) - len(parted)} of {len(pairs)}",
         "largest preference where texts part": round(max((preference(*texts) for texts in parted), default=0.0), 4),
         "drafted a round": round(tried / rounds, 2),
