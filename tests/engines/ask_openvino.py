@@ -30,6 +30,8 @@ def main() -> None:
     setup = json.loads(sys.stdin.readline())
     kind = {"float32": "f32", "bfloat16": "bf16"}[setup["dtype"]]
     exact = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": 1}
+    if kind == "f32":  # by default it keeps keys and values in eight bits
+        exact["KV_CACHE_PRECISION"] = kind
     with tempfile.TemporaryDirectory() as place:
         options = dict(exact)
         scheduler = openvino_genai.SchedulerConfig()
