@@ -94,6 +94,7 @@ class Stop:
     def find_spec(self, name, *rest):
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it puts in the background
 sys.meta_path.insert(0, Stop())
 from kangaroo_command import main
 main()
