@@ -60,7 +60,7 @@ class Grammar:
         self.kind = chosen[0]
         try:
             rules = _rules(self.kind, given[self.kind])
-        except ValueError as error:  # half of a surrogate pair, which is no text
+        except ValueError as error:  # half of a surrogate pair; numbers and depths beyond what it reads
             raise ConfigError(f"{self.kind} cannot be compiled: {_reason(str(error))}") from None
         self._ends = tuple(ends)
         self._vocabulary = _vocabulary(tokenizer, self._ends)
@@ -225,14 +225,11 @@ def _field(mapping: Mapping[str, Any], where: str, name: str, kind: type) -> Any
 
 
 def _rules(kind: str, given: Any) -> str:
-    """A grammar as llguidance reads it. Raises ConfigError for what is none by its type, or beyond what it can read."""
+    """A grammar as llguidance reads it. Raises ConfigError for what is none by its type, ValueError beyond what it can
+    read."""
     matcher = _llguidance().LLMatcher
     if kind == "json_schema":
-        schema = _schema_text(given)
-        try:
-            return str(matcher.grammar_from_json_schema(schema, defaults=AS_PYTHON_WRITES_IT))
-        except ValueError as error:  # numbers and depths that Python's JSON has no bounds for
-            raise ConfigError(f"json_schema cannot be compiled: {_reason(str(error))}") from None
+        return str(matcher.grammar_from_json_schema(_schema_text(given), defaults=AS_PYTHON_WRITES_IT))
     if kind == "choice":
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ConfigError(f"choice is a list of texts, got {shown(given)}")
