@@ -4,8 +4,8 @@
 // time. Every result is one chain of fused multiply-adds over the terms, in their order, in single precision; a
 // processor with instructions for pairs of bfloat16 (AVX512-BF16) takes a pair of terms at a time, and its inputs
 // rounded to bfloat16. Neither the number of rows, nor the place of a row among them, nor the number of threads is part
-// of that, so a token gets the same bits in every pass. Attention goes through what a token sees in the order of positions, and through nothing
-// else, so that the extent of a cache and the shape of a draft are no part of it either.
+// of that, so a token gets the same bits in every pass. Attention goes through what a token sees in the order of
+// positions, and through nothing else, so that the extent of a cache and the shape of a draft are no part of it either.
 
 #include <cmath>
 #include <cstdint>
@@ -295,17 +295,18 @@ template <class T> std::vector<int64_t> visible(const View &view, long row) {
     return seen;
 }
 
+template <class T> void multiply(const Input<T> *x, const Linear &by, long rows, float *y, int threads) {
+    multiply(x, rows, by.inner, (const T *)by.weight, (const T *)by.bias, by.outer, y, threads);
+}
+
 template <class T> void apply(const Linear &linear, const float *x, long rows, float *y, int threads) {
-    std::vector<Input<T>> rounded;
-    const Input<T> *from;
     if constexpr (std::is_same_v<Input<T>, float>) {
-        from = x;
+        multiply<T>(x, linear, rows, y, threads);
     } else {
-        rounded.resize(rows * linear.inner);
-        for (long i = 0; i < rows * linear.inner; i++) narrow(x[i], &rounded[i]);
-        from = rounded.data();
+        std::vector<Input<T>> taken(rows * linear.inner);
+        for (long i = 0; i < rows * linear.inner; i++) narrow(x[i], &taken[i]);
+        multiply<T>(taken.data(), linear, rows, y, threads);
     }
-    multiply(from, rows, linear.inner, (const T *)linear.weight, (const T *)linear.bias, linear.outer, y, threads);
 }
 
 template <class T> void layer(const Layer &one, const View &view, const T *x, T *y, T *keys, T *values) {
@@ -358,10 +359,11 @@ template <class T> void layer(const Layer &one, const View &view, const T *x, T 
 }
 
 template <class T> void product(const Linear &linear, const T *x, T *y, long rows, long inner, int threads) {
-    std::vector<float> wide(rows * linear.inner), made(rows * linear.outer);
+    std::vector<Input<T>> taken(rows * linear.inner);
+    std::vector<float> made(rows * linear.outer);
     for (long r = 0; r < rows; r++)
-        for (long k = 0; k < inner; k++) wide[r * linear.inner + k] = widen(x[r * inner + k]);
-    apply<T>(linear, wide.data(), rows, made.data(), threads);
+        for (long k = 0; k < inner; k++) narrow(widen(x[r * inner + k]), &taken[r * linear.inner + k]);
+    multiply<T>(taken.data(), linear, rows, made.data(), threads);
     for (long i = 0; i < rows * linear.outer; i++) narrow(made[i], y + i);
 }
 
