@@ -46,3 +46,9 @@ def to_path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{name} must be a path, got {shown(value)}")
     return Path(value)
+
+
+def allows_relatives(settings: Settings) -> bool:
+    """Whether weights may draft for a relative of the model that they were trained for. Raises ConfigError."""
+    allowed: bool = need_type("allow_other_target", settings.get("allow_other_target", False), bool)
+    return allowed

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo.checks import need_type
 from kangaroo.drafters.branching import best_children, keep_best
 from kangaroo.drafters.chain import Threshold, draft_chain
 from kangaroo.drafters.eagle3.head import Eagle3Head, place_next
 from kangaroo.drafters.last_states import LastStates
-from kangaroo.drafters.settings import Settings, configure, need_path
+from kangaroo.drafters.settings import Settings, allows_relatives, configure, need_path
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -199,7 +198,7 @@ EAGLE3_SETTINGS = ("eagle3", "allow_other_target")
 def load_head(target: Target, settings: Settings) -> Eagle3Head:
     """The head that the settings name. Raises ConfigError or AdapterError."""
     advice = "give the folder of a head, which `kangaroo import` makes from a published one"
-    relative = need_type("allow_other_target", settings.get("allow_other_target", False), bool)
+    relative = allows_relatives(settings)
     return Eagle3Head.load(need_path(settings, "eagle3", advice), target, allow_other_target=relative)
 
 

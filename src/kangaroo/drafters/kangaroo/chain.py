@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kangaroo.checks import need_type
 from kangaroo.drafters.chain import Stopping, Threshold
 from kangaroo.drafters.kangaroo.adapter import Adapter
 from kangaroo.drafters.kangaroo.calibration import Calibration
@@ -25,7 +24,7 @@ from kangaroo.drafters.kangaroo.self_draft import (
     load_adapter,
 )
 from kangaroo.drafters.kangaroo.stopping import CostAware, DraftCosts
-from kangaroo.drafters.settings import Settings, configure, to_path
+from kangaroo.drafters.settings import Settings, allows_relatives, configure, to_path
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -140,7 +139,7 @@ def _load_calibration(target: Target, settings: Settings) -> ExitCalibration | N
     if settings.get("calibration") is None:
         return None
     folder = to_path("calibration", settings["calibration"])
-    relative = need_type("allow_other_target", settings.get("allow_other_target", False), bool)
+    relative = allows_relatives(settings)
     found = ExitCalibration.load(folder, target, allow_other_target=relative)
     if settings.get("exit_layer", found.exit_layer) != found.exit_layer:
         raise ConfigError(

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kangaroo import demo
 from kangaroo.cache import LayerShape
-from kangaroo.checks import need_type, need_whole
+from kangaroo.checks import need_whole
 from kangaroo.drafters.chain import Chain, Stopping, draft_chain
 from kangaroo.drafters.kangaroo.adapter import Adapter
-from kangaroo.drafters.settings import Settings, need_path
+from kangaroo.drafters.settings import Settings, allows_relatives, need_path
 from kangaroo.linears import count_weights
 from kangaroo.model import Target, check_exit_layer
 from kangaroo.state import Committed, State, arranged
@@ -114,7 +114,7 @@ ADAPTER_SETTINGS = ("adapter", "allow_other_target")
 def load_adapter(target: Target, settings: Settings) -> Adapter:
     """The adapter that the settings name. Raises ConfigError or AdapterError."""
     advice = "give the folder of one, train it with `kangaroo train`, or use drafter 'early-exit', which needs none"
-    relative = need_type("allow_other_target", settings.get("allow_other_target", False), bool)
+    relative = allows_relatives(settings)
     folder = demo.find_adapter(need_path(settings, "adapter", advice))
     adapter = Adapter.load(folder, target, allow_other_target=relative)
     adapter.prepare()

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from kangaroo.cache import LayerShape
-from kangaroo.checks import need_type
 from kangaroo.drafters.branching import Grown, best_children, keep_best
 from kangaroo.drafters.chain import Threshold, draft_chain
 from kangaroo.drafters.last_states import LastStates
 from kangaroo.drafters.medusa.heads import MedusaHeads
-from kangaroo.drafters.settings import Settings, configure, need_path
+from kangaroo.drafters.settings import Settings, allows_relatives, configure, need_path
 from kangaroo.errors import ConfigError
 from kangaroo.model import Target
 from kangaroo.state import Committed, State
@@ -174,7 +173,7 @@ HEADS_SETTINGS = ("heads", "allow_other_target")
 def load_heads(target: Target, settings: Settings) -> MedusaHeads:
     """The heads that the settings name. Raises ConfigError or AdapterError."""
     advice = 'give the folder of trained ones; `kangaroo train` makes them from a recipe of kind "medusa"'
-    relative = need_type("allow_other_target", settings.get("allow_other_target", False), bool)
+    relative = allows_relatives(settings)
     return MedusaHeads.load(need_path(settings, "heads", advice), target, allow_other_target=relative)
 
 
