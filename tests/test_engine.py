@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kangaroo
 from chat_model import save_chat_model
-from kangaroo import Completion, Decoder, Engine, Sampling
+from kangaroo import Completion, Decoder, Engine, Sampling, worker
 from kangaroo.errors import CapacityError, ConfigError, DataError, EngineClosed, QueueFull
 from kangaroo.load import Load
 from kangaroo.scheduler import Step
@@ -360,3 +360,13 @@ def test_an_engine_that_nobody_holds_leaves_no_thread(decoder: Decoder) -> None:
     del engine
     gc.collect()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "kangaroo-engine"])
+
+
+def test_holes_in_the_heap_are_given_back(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = []
+    monkeypatch.setattr(worker, "trim_heap", lambda: trims.append(threading.current_thread().name))
+    engine.generate(["The"], max_tokens=3)
+    assert not trims, "not in every round"
+    monkeypatch.setattr(worker, "TRIM_SECONDS", 0.0)
+    engine.generate(["The"], max_tokens=3)
+    assert set(trims) == {"kangaroo-engine"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kangaroo import cgroup
-from kangaroo.machine import available_bytes, machine
+from kangaroo.machine import available_bytes, machine, trim_heap
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,23 @@ def test_systems_that_count_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_bytes(CPU) > 0
     assert machine()["memory_bytes"] > 0
     assert machine()["cores"] > 0
+
+
+@pytest.mark.skipif(not hasattr(psutil, "heap_trim"), reason="this C library trims no heap")
+def test_holes_in_the_heap_go_back_to_the_system() -> None:
+    """A block between two that stay can be used again, and until then it is held: up to when the heap is trimmed."""
+    blocks = [torch.zeros(1 << 12) for _ in range(4096)]
+    stay = blocks[::2]
+    del blocks
+    held = psutil.Process().memory_info().rss
+    trim_heap()
+    assert held - psutil.Process().memory_info().rss > 8 << 20
+    del stay
+
+
+def test_a_heap_that_cannot_be_trimmed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(psutil, "heap_trim", raising=False)
+    trim_heap()
 
 
 def test_blocks_that_torch_holds_in_reserve_are_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,12 @@ def available_bytes(device: torch.device) -> int:
     return free if left is None else min(free, left)
 
 
+def trim_heap() -> None:
+    """Give the system back what the process's allocator holds and nothing uses, where there is a way."""
+    if hasattr(psutil, "heap_trim"):  # not with every C library
+        psutil.heap_trim()
+
+
 def human_bytes(count: float) -> str:
     """1234567 -> '1.2 MB'."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kangaroo.errors import EngineClosed, QueueFull
+from kangaroo.machine import trim_heap
 from kangaroo.scheduler import Step, Task
 from kangaroo.schedulers import Schedulers
 from kangaroo.tickets import Job
 
 RATE_SECONDS = 10.0
 """Over how long the rate of tokens is taken."""
+TRIM_SECONDS = 30.0
+"""How often the heap is trimmed: rounds of ever new shapes leave holes in it, hundreds of megabytes in an hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +179,13 @@ class Worker:
         self.thread.join()
 
     def _run(self) -> None:
+        trimmed = time.perf_counter()
         try:
             while self._wait():
                 self._step()
+                if time.perf_counter() > trimmed + TRIM_SECONDS:
+                    trim_heap()
+                    trimmed = time.perf_counter()
         finally:
             self._break_off()
 

@@ -152,7 +152,7 @@ async def drive(live: Live, bodies: list[dict[str, Any]], given: argparse.Namesp
                 watch.look()
             if number % 100 == 99:
                 status = live.service.status()
-                print(f"{number + 1} asked; {status}", flush=True)
+                print(f"{number + 1} asked; {watch.looks[-1].memory >> 20} MiB; {status}", flush=True)
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
