@@ -26,7 +26,6 @@ constexpr int LANES = 4, TILE = 8;
 constexpr int LANES = 8, TILE = 4;
 #endif
 constexpr int PANEL = 2 * LANES;
-constexpr int AHEAD = 64;  // steps that weights are asked for before they are needed
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
@@ -113,11 +112,24 @@ inline Floats exponential(Floats x) {
     return underflow ? Floats{} : made;
 }
 
+// Asks for the weights of a step to come. One or two rows only wait for memory, of which a processor asks best by itself
+// (Zen 4 does). Many rows keep it so busy that it asks too late, and a far look into the second-level cache evens that
+// out; where memory is the bound, such requests reach two thirds of its speed only.
+template <int ROWS, class T> inline void foresee(const T *w) {
+    constexpr int STEP = PANEL * sizeof(float) / sizeof(T), FEW = 2, MANY = 6;
+    if constexpr (ROWS >= MANY) {
+        __builtin_prefetch(w + 128 * STEP, 0, 2);
+        __builtin_prefetch(w + 128 * STEP + STEP / 2, 0, 2);
+    } else if constexpr (ROWS > FEW) {
+        __builtin_prefetch(w + 64 * STEP);
+        __builtin_prefetch(w + 64 * STEP + STEP / 2);
+    }
+}
+
 // Two vectors of weights of one term (float32), or four of two terms (bfloat16, whose pairs lie side by side).
 template <int ROWS> inline void panel(const float *x, long inner, const float *w, Floats (*sums)[2]) {
     for (long k = 0; k < inner; k++, w += PANEL) {
-        __builtin_prefetch(w + AHEAD * PANEL);
-        __builtin_prefetch(w + AHEAD * PANEL + LANES);
+        foresee<ROWS>(w);
         Floats first = load(w), second = load(w + LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
@@ -130,8 +142,7 @@ template <int ROWS> inline void panel(const float *x, long inner, const float *w
 #if defined(__AVX512BF16__)
 template <int ROWS> inline void panel(const Bfloat *x, long inner, const Bfloat *w, Floats (*sums)[2]) {
     for (long k = 0; k < inner; k += 2, w += 2 * PANEL) {
-        __builtin_prefetch(w + 2 * AHEAD * PANEL);
-        __builtin_prefetch(w + 2 * AHEAD * PANEL + PANEL);
+        foresee<ROWS>(w);
         __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + PANEL);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
@@ -146,8 +157,7 @@ template <int ROWS> inline void panel(const Bfloat *x, long inner, const Bfloat 
 #else
 template <int ROWS> inline void panel(const float *x, long inner, const Bfloat *w, Floats (*sums)[2]) {
     for (long k = 0; k < inner; k += 2, w += 2 * PANEL) {
-        __builtin_prefetch(w + 2 * AHEAD * PANEL);
-        __builtin_prefetch(w + 2 * AHEAD * PANEL + PANEL);
+        foresee<ROWS>(w);
         Words left = *(const Words *)w, right = *(const Words *)(w + PANEL);
         Floats weights[2][2] = {{(Floats)(left << 16), (Floats)(right << 16)},
                                 {(Floats)(left & 0xffff0000u), (Floats)(right & 0xffff0000u)}};
@@ -163,9 +173,14 @@ template <int ROWS> inline void panel(const float *x, long inner, const Bfloat *
 }
 #endif
 
+struct Linear {
+    const void *weight, *bias;
+    int64_t inner, outer;  // inner as stored: even for bfloat16
+};
+
 // Rows of x [ROWS, inner] times one panel of weights -> results from column `at` on of y [ROWS, outer].
-template <int ROWS, class T>
-inline void tile(const Input<T> *x, long inner, const T *w, const T *bias, long at, long outer, float *y) {
+template <int ROWS, class T, class Y>
+inline void tile(const Input<T> *x, long inner, const T *w, const T *bias, long at, long outer, Y *y) {
     Floats sums[ROWS][2] = {};
     panel<ROWS>(x, inner, w, sums);
     long count = outer - at < PANEL ? outer - at : PANEL;
@@ -173,40 +188,31 @@ inline void tile(const Input<T> *x, long inner, const T *w, const T *bias, long 
         float row[PANEL];
         store(sums[r][0], row);
         store(sums[r][1], row + LANES);
-        for (long i = 0; i < count; i++) y[r * outer + at + i] = bias ? row[i] + widen(bias[at + i]) : row[i];
+        for (long i = 0; bias && i < count; i++) row[i] += widen(bias[at + i]);
+        Y whole[PANEL], *to = y + r * outer + at;
+        for (int i = 0; i < PANEL; i++) narrow(row[i], whole + i);
+        count == PANEL ? memcpy(to, whole, sizeof whole) : memcpy(to, whole, count * sizeof *to);
     }
+}
+
+// The first ROWS of the rows, or all if there are fewer.
+template <int ROWS, class T, class Y>
+inline void tiles(long rows, const Input<T> *x, long inner, const T *w, const T *bias, long at, long outer, Y *y) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return tiles<ROWS - 1>(rows, x, inner, w, bias, at, outer, y);
+    tile<ROWS>(x, inner, w, bias, at, outer, y);
 }
 
 // x [rows, inner] times weights [outer, inner] in panels -> y [rows, outer]; an odd `inner` is filled up in bfloat16.
-template <class T>
-void multiply(const Input<T> *x, long rows, long inner, const T *w, const T *bias, long outer, float *y, int threads) {
-    long panels = (outer + PANEL - 1) / PANEL;
+template <class T, class Y> void multiply(const Input<T> *x, const Linear &by, long rows, Y *y, int threads) {
+    const long inner = by.inner, outer = by.outer, panels = (outer + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long p = 0; p < panels; p++) {
-        const T *part = w + p * PANEL * inner;
-        for (long r = 0; r < rows; r += TILE) {
-            const Input<T> *from = x + r * inner;
-            float *to = y + r * outer;
-            switch (rows - r < TILE ? rows - r : TILE) {
-                case 1: tile<1>(from, inner, part, bias, p * PANEL, outer, to); break;
-                case 2: tile<2>(from, inner, part, bias, p * PANEL, outer, to); break;
-                case 3: tile<3>(from, inner, part, bias, p * PANEL, outer, to); break;
-                case 4: tile<4>(from, inner, part, bias, p * PANEL, outer, to); break;
-#if defined(__AVX512F__) || defined(__aarch64__)
-                case 5: tile<5>(from, inner, part, bias, p * PANEL, outer, to); break;
-                case 6: tile<6>(from, inner, part, bias, p * PANEL, outer, to); break;
-                case 7: tile<7>(from, inner, part, bias, p * PANEL, outer, to); break;
-                case 8: tile<8>(from, inner, part, bias, p * PANEL, outer, to); break;
-#endif
-            }
-        }
+        const T *part = (const T *)by.weight + p * PANEL * inner;
+        for (long r = 0; r < rows; r += TILE)
+            tiles<TILE>(rows - r, x + r * inner, inner, part, (const T *)by.bias, p * PANEL, outer, y + r * outer);
     }
 }
-
-struct Linear {
-    const void *weight, *bias;
-    int64_t inner, outer;  // inner as stored: even for bfloat16
-};
 
 struct Layer {
     const void *norm_in, *norm_mid;
@@ -295,10 +301,6 @@ template <class T> std::vector<int64_t> visible(const View &view, long row) {
     return seen;
 }
 
-template <class T> void multiply(const Input<T> *x, const Linear &by, long rows, float *y, int threads) {
-    multiply(x, rows, by.inner, (const T *)by.weight, (const T *)by.bias, by.outer, y, threads);
-}
-
 template <class T> void apply(const Linear &linear, const float *x, long rows, float *y, int threads) {
     if constexpr (std::is_same_v<Input<T>, float>) {
         multiply<T>(x, linear, rows, y, threads);
@@ -360,11 +362,9 @@ template <class T> void layer(const Layer &one, const View &view, const T *x, T 
 
 template <class T> void product(const Linear &linear, const T *x, T *y, long rows, long inner, int threads) {
     std::vector<Input<T>> taken(rows * linear.inner);
-    std::vector<float> made(rows * linear.outer);
     for (long r = 0; r < rows; r++)
         for (long k = 0; k < inner; k++) narrow(widen(x[r * inner + k]), &taken[r * linear.inner + k]);
-    multiply<T>(taken.data(), linear, rows, made.data(), threads);
-    for (long i = 0; i < rows * linear.outer; i++) narrow(made[i], y + i);
+    multiply<T>(taken.data(), linear, rows, y, threads);
 }
 
 }  // namespace

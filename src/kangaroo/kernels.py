@@ -114,13 +114,19 @@ class Arena:
         """Room for so many numbers; it lives as long as any that was taken beside it."""
         size = round_up(count * dtype.itemsize, LINE)
         if len(self._free) < size:
-            whole = mmap.mmap(-1, max(PIECE, size + HUGE))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                whole.madvise(mmap.MADV_HUGEPAGE)
-            piece = torch.frombuffer(whole, dtype=torch.uint8)
+            piece = torch.frombuffer(_large_pages(max(PIECE, size + HUGE)), dtype=torch.uint8)
             self._free = piece[-piece.data_ptr() % HUGE :]
         taken, self._free = self._free[: count * dtype.itemsize], self._free[size:]
         return taken.view(dtype)
+
+
+def _large_pages(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    # Shared memory, mmap's default, is given no large pages unless a system is set up for it.
+    whole = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole.madvise(mmap.MADV_HUGEPAGE)
+    return whole
 
 
 class PanelWeights:
