@@ -14,16 +14,14 @@ from statistics import median
 
 LOAN, LEAST_LOAN = 8.0, 1.0
 """Plain rounds that drafts may lose: with one row, shared among more, and at least."""
-SHARE, LEAST_SHARE = 0.02, 0.0025
-"""Of the rounds until the next loan, what the last has lost: at first, and after many in a row."""
-SURE, DOUBTFUL = 16, 4
+WAIT, LONGEST_WAIT = 256, 4096
+"""Rounds until the next loan: after the first that is spent, then twice as many each time, and at most."""
+SURE, DOUBTFUL = 32, 4
 """Rounds with drafts until one without, which tells what those cost: while drafts bring something, and otherwise."""
-KNOWN, KEPT = 3, 5
-"""Rounds without drafts by which others are measured: at least, and at most."""
+KNOWN = 3
+"""Rounds without drafts by which others are measured: the last ones."""
 SHORT, FEW = 2, 2
 """Tokens of drafts that tell whether any pay, as the first bring most; and rows that need not be so careful."""
-MOST_WAIT = 4096
-"""Rounds until the next loan, at most."""
 REMEMBERED = 64
 """Rounds with drafts after which what earlier ones cost counts little."""
 
@@ -41,12 +39,12 @@ class _Size:
     """Rounds until the next loan; 0 while there is one."""
     balance: float = 0.0
     """Plain rounds that drafts have brought, no more of them than they may lose."""
-    share: float = SHARE
+    next_wait: int = WAIT
     overdrawn: bool = False
     """Whether longer drafts have spent what short ones had brought."""
     since: int = 0
     """Rounds with drafts since the last without."""
-    plain: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=KEPT)))
+    plain: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=KNOWN)))
     """Seconds of rounds without drafts, by rows."""
     extra: float = 0.0
     """Plain rounds that drafts have cost."""
@@ -56,7 +54,7 @@ class _Size:
     def drafts(self, rows: int) -> bool:
         """Whether the next round is to draft."""
         often = SURE if self.balance > 0 else DOUBTFUL
-        return not self.wait and len(self.plain[rows]) >= KNOWN and self.since < often
+        return not self.wait and len(self.plain[rows]) == KNOWN and self.since < often
 
     def rest(self, rows: int, drafting: bool, seconds: float) -> None:
         """A round is over in which nothing was drafted, if only because there was nothing to draft."""
@@ -78,16 +76,16 @@ class _Size:
 
     def _spent(self) -> None:
         """Longer drafts have lost: back to short ones. Short ones have: none for a while."""
-        lost, self.balance = -self.balance, 0.0
+        self.balance = 0.0
         if self.careful and self.most is None:
             self.most, self.overdrawn = SHORT, True
         else:
-            self.wait, self.overdrawn = min(MOST_WAIT, round(lost / self.share)), False
-            self.share = max(LEAST_SHARE, self.share / 2)
+            self.wait, self.overdrawn = self.next_wait, False
+            self.next_wait = min(LONGEST_WAIT, 2 * self.next_wait)
 
     def _paid_back(self) -> None:
         """Drafts pay; short ones that do may be longer."""
-        self.share = SHARE
+        self.next_wait = WAIT
         if not self.overdrawn and self.most is not None:
             self.most, self.balance = None, 0.0
 
