@@ -13,8 +13,18 @@ STEPS = 3
 class Machine:
     """Rounds on a machine where a drafted token costs `price` plain rounds, and is accepted with a probability."""
 
-    def __init__(self, price: float, chance: float, seed: int = 0, noise: float = 0.05, steps: int = STEPS):
+    def __init__(
+        self,
+        price: float,
+        chance: float,
+        seed: int = 0,
+        noise: float = 0.1,
+        steps: int = STEPS,
+        busy: Callable[[int], float] = lambda number: 1.0,
+    ):
+        """`busy` says by how much longer a round takes, drafts or not, as others use the machine."""
         self.load, self.price, self.chance, self.noise, self.steps = Load(), price, chance, noise, steps
+        self.busy, self.rounds = busy, 0
         self.drafted = 0
         self.tokens = self.seconds = 0.0
         """In those of plain rounds."""
@@ -33,7 +43,8 @@ class Machine:
         lengths = [next((k for k in range(steps) if self._random.random() >= self.chance), steps) for _ in range(rows)]
         tokens = rows + sum(lengths)
         seconds = (1 + self.price * steps) * max(0.5, self._random.gauss(1, self.noise))
-        self.load.learn(rows, drafting, tokens, steps, seconds * (1 + rows / 10))
+        self.rounds += 1
+        self.load.learn(rows, drafting, tokens, steps, seconds * (1 + rows / 10) * self.busy(self.rounds))
         self.drafted += drafting
         self.tokens, self.seconds = self.tokens + tokens / rows, self.seconds + seconds
 

@@ -16,10 +16,10 @@ LOAN, LEAST_LOAN = 8.0, 1.0
 """Plain rounds that drafts may lose: with one row, shared among more, and at least."""
 WAIT, LONGEST_WAIT = 256, 4096
 """Rounds until the next loan: after the first that is spent, then twice as many each time, and at most."""
-SURE, DOUBTFUL = 32, 4
-"""Rounds with drafts until one without, which tells what those cost: while drafts bring something, and otherwise."""
-KNOWN = 3
-"""Rounds without drafts by which others are measured: the last ones."""
+OFTEN, KNOWN = 20, 3
+"""Rounds with drafts until one without; and how many of these, the last ones, others are measured by."""
+LOOKS = 2
+"""Rounds without drafts before a loan counts as spent: the machine may have become slower in the meantime."""
 SHORT, FEW = 2, 2
 """Tokens of drafts that tell whether any pay, as the first bring most; and rows that need not be so careful."""
 REMEMBERED = 64
@@ -31,63 +31,84 @@ class _Size:
     """What is known of rounds of about so many rows."""
 
     loan: float
-    careful: bool
-    """Whether drafts are short until these have paid."""
     most: int | None
     """Tokens that drafts may have; None for as many as the drafter would."""
+    careful: bool
+    """Whether drafts are short until these have paid."""
+    overdrawn: bool = False
+    """Whether longer ones have lost what short ones had brought."""
     wait: int = 0
     """Rounds until the next loan; 0 while there is one."""
-    balance: float = 0.0
-    """Plain rounds that drafts have brought, no more of them than they may lose."""
     next_wait: int = WAIT
-    overdrawn: bool = False
-    """Whether longer drafts have spent what short ones had brought."""
-    since: int = 0
-    """Rounds with drafts since the last without."""
+    balance: float = 0.0
+    """What drafts have brought, as far as it is settled."""
+    brought: float = 0.0
+    """Since then, in plain rounds' tokens."""
+    took: float = 0.0
+    """Since then, in plain rounds' time."""
     plain: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=KNOWN)))
-    """Seconds of rounds without drafts, by rows."""
+    """Seconds of the last rounds without drafts, by rows."""
+    drafted: int = 0
+    """Rounds with drafts since the last without."""
+    looks: int = 0
+    """Rounds without drafts since the last with."""
     extra: float = 0.0
-    """Plain rounds that drafts have cost."""
+    """Plain rounds that drafts have added."""
     steps: float = 0.0
     """Tokens that they had."""
 
+    @property
+    def worth(self) -> float:
+        """What drafts have brought, by what is known now."""
+        return self.balance + self.brought - self.took
+
     def drafts(self, rows: int) -> bool:
         """Whether the next round is to draft."""
-        often = SURE if self.balance > 0 else DOUBTFUL
-        return not self.wait and len(self.plain[rows]) == KNOWN and self.since < often
-
-    def rest(self, rows: int, drafting: bool, seconds: float) -> None:
-        """A round is over in which nothing was drafted, if only because there was nothing to draft."""
-        self.plain[rows].append(max(seconds, 1e-9))
-        self.since, self.wait = int(drafting), max(0, self.wait - 1)
+        known = len(self.plain[rows]) == KNOWN and self.drafted < OFTEN
+        return known and not self.wait and self.worth > -self.loan
 
     def book(self, rows: int, tokens: int, steps: int, seconds: float) -> None:
         """A round with drafts is over."""
-        first, self.since = self.since == 0, self.since + 1
-        if first or not self.plain[rows]:  # the first after one without has more to do
+        first, self.drafted, self.looks = self.drafted == 0, self.drafted + 1, 0
+        if first or not self.plain[rows]:  # the first after one without has that one's tokens to catch up with
             return
         cost, kept = seconds / median(self.plain[rows]), 1 - 1 / REMEMBERED
         self.extra, self.steps = self.extra * kept + cost - 1, self.steps * kept + steps
-        self.balance = min(self.balance + tokens / rows - cost, self.loan)
-        if self.balance <= -self.loan:
-            self._spent()
-        elif self.balance == self.loan:
+        self.brought, self.took = self.brought + tokens / rows, self.took + cost
+        if self.worth >= self.loan:
             self._paid_back()
+
+    def look(self, rows: int, drafting: bool, seconds: float) -> None:
+        """A round without drafts is over, if only because there was nothing to draft."""
+        known = self.plain[rows]
+        before = median(known) if known else 0.0
+        known.append(max(seconds, 1e-9))
+        if before:  # what was booked since may have taken long for other reasons
+            self.took *= before / median(known)
+        self.drafted, self.looks, self.wait = int(drafting), self.looks + 1, max(0, self.wait - 1)
+        if self.worth > -self.loan:
+            self._settle(self.worth)
+        elif self.looks >= LOOKS:
+            self._spent()
+
+    def _settle(self, balance: float) -> None:
+        self.balance, self.brought, self.took = min(balance, self.loan), 0.0, 0.0
+
+    def _paid_back(self) -> None:
+        """Drafts pay; short ones that do may be longer."""
+        self.next_wait = WAIT
+        longer = self.most is not None and not self.overdrawn
+        self._settle(0.0 if longer else self.loan)
+        self.most = None if longer else self.most
 
     def _spent(self) -> None:
         """Longer drafts have lost: back to short ones. Short ones have: none for a while."""
-        self.balance = 0.0
+        self._settle(0.0)
         if self.careful and self.most is None:
             self.most, self.overdrawn = SHORT, True
         else:
             self.wait, self.overdrawn = self.next_wait, False
             self.next_wait = min(LONGEST_WAIT, 2 * self.next_wait)
-
-    def _paid_back(self) -> None:
-        """Drafts pay; short ones that do may be longer."""
-        self.next_wait = WAIT
-        if not self.overdrawn and self.most is not None:
-            self.most, self.balance = None, 0.0
 
 
 class Load:
@@ -103,7 +124,7 @@ class Load:
             careful, loan = rows > FEW, max(LEAST_LOAN, LOAN / 2**exponent)
             # Where drafts do not pay with fewer rows, they will hardly do so with more.
             wait = max((known.wait for fewer, known in self._sizes.items() if fewer < exponent), default=0)
-            self._sizes[exponent] = _Size(loan, careful, SHORT if careful else None, wait)
+            self._sizes[exponent] = _Size(loan, SHORT if careful else None, careful, wait=wait)
         return self._sizes[exponent]
 
     def drafts(self, rows: int) -> bool:
@@ -129,4 +150,4 @@ class Load:
         if steps:
             size.book(rows, tokens, steps, seconds)
         else:
-            size.rest(rows, drafting, seconds)
+            size.look(rows, drafting, seconds)
