@@ -1,11 +1,11 @@
-"""Whether drafts pay under the present load: an account of what they bring and cost, kept while requests run.
+"""Whether drafts pay under the present load: an account of what they bring and take, kept while requests run.
 
 With many rows a pass computes as long as it reads weights, and verifying a draft costs what it brings. Where that
-begins differs from machine to machine and from text to text. So every round with drafts is booked, in plain rounds:
-what it emitted, less the time it took. Drafts begin with a loan, and are made until it is spent. What a single draft
-brings is mostly chance, of which many rows see more at once: the fewer they are, the larger the loan. Drafts that pay
-hardly ever spend it; those that do not cost no more than that, and once more when it is a small share of the rounds
-since.
+begins differs from machine to machine and from text to text. So every round with drafts is booked, in plain rounds: the
+tokens it brought, less the time it took. Drafts begin with a loan and are made until it is spent. What one draft brings
+is mostly chance. With a mean gain m a round, of variance v, a loan L is ever spent with a probability of about
+exp(-2 m L / v), as a Brownian motion with drift is ruined; many rows average chance out, so theirs may be small. Drafts
+that do not pay cost no more than the loan, and the same again when that is a small share of the rounds since.
 """
 
 from collections import defaultdict, deque
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 LOAN, LEAST_LOAN = 8.0, 1.0
-"""Plain rounds that drafts may lose: with one row, shared among more, and at least."""
+"""Plain rounds that drafts may lose: with one row, shared among more; and at least."""
 WAIT, LONGEST_WAIT = 256, 4096
 """Rounds until the next loan: after the first that is spent, then twice as many each time, and at most."""
 OFTEN, KNOWN = 20, 3
