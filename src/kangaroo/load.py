@@ -1,113 +1,114 @@
-"""Whether drafts pay under the present load, by what rounds of so many rows have cost and brought.
+"""Whether drafts pay under the present load: an account of what they bring and take, kept while requests run.
 
 With many rows a pass computes as long as it reads weights, and verifying a draft costs what it brings. Where that
-begins differs from machine to machine and from text to text, so it is measured while requests run. What a drafted
-token costs is told by pairs of neighbouring rounds, one with drafts and one without; what drafts bring is seen in every
-round that has any. The rarer the trials the less they can cost: where drafts do not pay, the next one comes when this
-one's loss is a small share of the rounds since.
+begins differs from machine to machine and from text to text. So every round with drafts is booked, in plain rounds: the
+tokens it brought, less the time it took. Drafts begin with a loan and are made until it is spent. What one draft brings
+is mostly chance. With a mean gain m a round, of variance v, a loan L is ever spent with a probability of about
+exp(-2 m L / v), as a Brownian motion with drift is ruined; many rows average chance out, so theirs may be small. Drafts
+that do not pay cost no more than the loan, and the same again when that is a small share of the rounds since.
 """
 
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from statistics import median
 
-PAIRS, EVIDENCE = 2, 16
-"""Pairs of rounds, and drafts, by which a trial judges."""
+LOAN, LEAST_LOAN = 8.0, 1.0
+"""Plain rounds that drafts may lose: with one row, shared among more; and at least."""
+WAIT, LONGEST_WAIT = 256, 4096
+"""Rounds until the next loan: after the first that is spent, then twice as many each time, and at most."""
+OFTEN, KNOWN = 20, 3
+"""Rounds with drafts until one without; and how many of these, the last ones, others are measured by."""
+LOOKS = 2
+"""Rounds without drafts before a loan counts as spent: the machine may have become slower in the meantime."""
 SHORT, FEW = 2, 2
 """Tokens of drafts that tell whether any pay, as the first bring most; and rows that need not be so careful."""
-HOPELESS = -0.5
-"""Plain rounds' tokens that a round with drafts may lose: beyond that, half a trial is enough."""
-SHARE = 0.005
-"""Of the time until the next trial, what a trial may cost."""
-LEAST, MOST, AGAIN = 64, 4096, 512
-"""Rounds until the next trial where drafts do not pay, at least and at most; and where they do."""
-REMEMBERED = 128
-"""Drafts, row by row, after which what came before counts little."""
+REMEMBERED = 64
+"""Rounds with drafts after which what earlier ones cost counts little."""
 
 
 @dataclass(slots=True)
 class _Size:
     """What is known of rounds of about so many rows."""
 
-    pays: bool
-    due: int
-    """Rounds until the next trial; 0 during one."""
+    loan: float
     most: int | None
     """Tokens that drafts may have; None for as many as the drafter would."""
+    careful: bool
+    """Whether drafts are short until these have paid."""
     overdrawn: bool = False
-    """Whether longer drafts have been found not to pay."""
-    decided: bool = False
-    """Whether there has been a trial."""
-    warm: bool = True
-    """Whether the trial's first draft is over, which has more to do than others after rounds without."""
-    last: tuple[int, float, int] | None = None
-    """(rows, seconds, steps) of a round with drafts that waits for one without beside it."""
-    pairs: int = 0
-    rounds: int = 0
-    """With drafts, in this trial."""
-    drafts: int = 0
-    """Row by row, in this trial."""
+    """Whether longer ones have lost what short ones had brought."""
+    wait: int = 0
+    """Rounds until the next loan; 0 while there is one."""
+    next_wait: int = WAIT
+    balance: float = 0.0
+    """What drafts have brought, as far as it is settled."""
+    brought: float = 0.0
+    """Since then, in plain rounds' tokens."""
+    took: float = 0.0
+    """Since then, in plain rounds' time."""
+    plain: defaultdict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=KNOWN)))
+    """Seconds of the last rounds without drafts, by rows."""
+    drafted: int = 0
+    """Rounds with drafts since the last without."""
+    looks: int = 0
+    """Rounds without drafts since the last with."""
     extra: float = 0.0
-    """Seconds that drafts have added, in those of the plain rounds beside them."""
-    paid: float = 0.0
-    """Steps that they had."""
-    tokens: float = 0.0
-    """Emitted in rounds with drafts, in those of as many rows in plain rounds."""
+    """Plain rounds that drafts have added."""
     steps: float = 0.0
-    weight: float = 0.0
+    """Tokens that they had."""
 
     @property
-    def price(self) -> float | None:
-        """Of a step, in plain rounds."""
-        return max(0.0, self.extra / self.paid) if self.paid else None
+    def worth(self) -> float:
+        """What drafts have brought, by what is known now."""
+        return self.balance + self.brought - self.took
 
-    @property
-    def advantage(self) -> float:
-        """Tokens that a round with drafts brings beyond what its time would bring without them, in plain rounds'."""
-        if not self.weight:
-            return 0.0
-        return (self.tokens - (self.price or 0.0) * self.steps) / self.weight - 1
+    def drafts(self, rows: int) -> bool:
+        """Whether the next round is to draft."""
+        known = len(self.plain[rows]) == KNOWN and self.drafted < OFTEN
+        return known and not self.wait and self.worth > -self.loan
 
-    def begin(self) -> None:
-        """Try both ways; what is known from before counts half."""
-        self.due, self.warm, self.last = 0, self.pays, None
-        self.pairs = self.rounds = self.drafts = 0
-        self.extra, self.paid = self.extra / 2, self.paid / 2
-        if not self.pays:
-            self.tokens, self.steps, self.weight = self.tokens / 2, self.steps / 2, self.weight / 2
-
-    def drafted(self, rows: int, tokens: int, steps: int, seconds: float) -> None:
+    def book(self, rows: int, tokens: int, steps: int, seconds: float) -> None:
         """A round with drafts is over."""
-        kept = 1 - min(rows, REMEMBERED // 2) / REMEMBERED
-        self.tokens = self.tokens * kept + tokens / rows
-        self.steps, self.weight = self.steps * kept + steps, self.weight * kept + 1
-        if not self.due:
-            self.rounds, self.drafts = self.rounds + 1, self.drafts + rows
-            self.last = (rows, seconds, steps) if self.warm else None
-            self.warm = True
+        first, self.drafted, self.looks = self.drafted == 0, self.drafted + 1, 0
+        if first or not self.plain[rows]:  # the first after one without has that one's tokens to catch up with
+            return
+        cost, kept = seconds / median(self.plain[rows]), 1 - 1 / REMEMBERED
+        self.extra, self.steps = self.extra * kept + cost - 1, self.steps * kept + steps
+        self.brought, self.took = self.brought + tokens / rows, self.took + cost
+        if self.worth >= self.loan:
+            self._paid_back()
 
-    def plain(self, rows: int, seconds: float) -> None:
-        """A round without drafts is over."""
-        if self.last is not None and abs(self.last[0] - rows) * 8 <= rows and seconds:
-            self.extra, self.paid = self.extra + self.last[1] / seconds - 1, self.paid + self.last[2]
-            self.pairs += 1
-        self.last = None
+    def look(self, rows: int, drafting: bool, seconds: float) -> None:
+        """A round without drafts is over, if only because there was nothing to draft."""
+        known = self.plain[rows]
+        before = median(known) if known else 0.0
+        known.append(max(seconds, 1e-9))
+        if before:  # what was booked since may have taken long for other reasons
+            self.took *= before / median(known)
+        self.drafted, self.looks, self.wait = int(drafting), self.looks + 1, max(0, self.wait - 1)
+        if self.worth > -self.loan:
+            self._settle(self.worth)
+        elif self.looks >= LOOKS:
+            self._spent()
 
-    def judge(self) -> None:
-        """A round is over: end the trial, begin the next, or see that drafts no longer pay."""
-        if self.due:
-            self.due -= 1
-            if self.pays and self.advantage < 0:
-                self.pays, self.due = False, LEAST
-                self.overdrawn, self.most = self.most is None, SHORT
-            elif not self.due:
-                self.begin()
-        elif self._enough(1) or (self._enough(2) and self.advantage < HOPELESS):
-            self.pays, self.decided = self.advantage >= 0, True
-            loss = -self.advantage * self.rounds
-            self.due = AGAIN if self.pays else min(MOST, max(LEAST, round(loss / SHARE)))
-            self.most = None if self.pays and not self.overdrawn else self.most
+    def _settle(self, balance: float) -> None:
+        self.balance, self.brought, self.took = min(balance, self.loan), 0.0, 0.0
 
-    def _enough(self, part: int) -> bool:
-        return self.pairs * part >= PAIRS and self.drafts * part >= EVIDENCE
+    def _paid_back(self) -> None:
+        """Drafts pay; short ones that do may be longer."""
+        self.next_wait = WAIT
+        longer = self.most is not None and not self.overdrawn
+        self._settle(0.0 if longer else self.loan)
+        self.most = None if longer else self.most
+
+    def _spent(self) -> None:
+        """Longer drafts have lost: back to short ones. Short ones have: none for a while."""
+        self._settle(0.0)
+        if self.careful and self.most is None:
+            self.most, self.overdrawn = SHORT, True
+        else:
+            self.wait, self.overdrawn = self.next_wait, False
+            self.next_wait = min(LONGEST_WAIT, 2 * self.next_wait)
 
 
 class Load:
@@ -119,24 +120,20 @@ class Load:
 
     def _of(self, rows: int) -> _Size:
         exponent = (rows - 1).bit_length()
-        size = self._sizes.setdefault(exponent, _Size(True, 0, None if rows <= FEW else SHORT))
-        # Where drafts do not pay with fewer rows, they will hardly do so with more.
-        if (
-            not size.decided
-            and size.pays
-            and any(known.decided and not known.pays for fewer, known in self._sizes.items() if fewer < exponent)
-        ):
-            size.pays, size.due = False, LEAST
-        return size
+        if exponent not in self._sizes:
+            careful, loan = rows > FEW, max(LEAST_LOAN, LOAN / 2**exponent)
+            # Where drafts do not pay with fewer rows, they will hardly do so with more.
+            wait = max((known.wait for fewer, known in self._sizes.items() if fewer < exponent), default=0)
+            self._sizes[exponent] = _Size(loan, SHORT if careful else None, careful, wait=wait)
+        return self._sizes[exponent]
 
     def drafts(self, rows: int) -> bool:
         """Whether the next round, of so many rows, is to draft."""
-        size = self._of(rows)
-        return size.pays if size.due else size.last is None or size.pairs >= PAIRS
+        return self._of(rows).drafts(rows)
 
     def pays(self, rows: int) -> bool:
-        """Whether drafts pay, trials aside."""
-        return self._of(rows).pays
+        """Whether drafts pay as far as is known, though the next round may do without."""
+        return not self._of(rows).wait
 
     def most(self, rows: int) -> int | None:
         """Tokens that a row's draft may have; None for as many as its drafter would."""
@@ -144,13 +141,13 @@ class Load:
 
     def price(self, rows: int) -> float | None:
         """Cost of drafting a token and verifying it, in plain rounds; None while that is not known."""
-        return self._of(rows).price
+        size = self._of(rows)
+        return max(0.0, size.extra / size.steps) if size.steps else None
 
     def learn(self, rows: int, drafting: bool, tokens: int, steps: int, seconds: float) -> None:
         """A round is over: how many tokens its rows emitted, how many the longest draft had, how long it took."""
         size = self._of(rows)
-        if drafting:
-            size.drafted(rows, tokens, steps, seconds)
+        if steps:
+            size.book(rows, tokens, steps, seconds)
         else:
-            size.plain(rows, seconds)
-        size.judge()
+            size.look(rows, drafting, seconds)
