@@ -166,7 +166,7 @@ def _drafts(wanted: argparse.Namespace, target: str, place: Path) -> dict[str, S
         sure = wanted.engine in SURE
         length = wanted.draft_tokens or (config["max_draft"] if sure else FIXED)
         confidence = config["threshold"] if wanted.confidence is None else wanted.confidence
-        name = "shipped" if given == demo.NAME else f"adapter {config['weights_sha256'][:6]}"
+        name = f"adapter {config['weights_sha256'][:6]}"
         written = place / f"{wanted.engine}-{wanted.dtype}-{config['weights_sha256'][:6]}"
         files = {name: write_draft(wanted.engine, written, wanted.dtype, adapter)}
         if wanted.quantise:
