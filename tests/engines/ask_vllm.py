@@ -15,6 +15,11 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
+COUNTS = {
+    "rounds": "vllm:spec_decode_num_drafts",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+}
 
 
 def main() -> None:
@@ -24,7 +29,13 @@ def main() -> None:
     from vllm import LLM, SamplingParams  # it reads the settings when it is imported
 
     setup = json.loads(sys.stdin.readline())
-    options = {"dtype": setup["dtype"], "max_model_len": 2048, "disable_log_stats": False}
+    # It warms up with as many tokens as a pass may hold: no more than a prompt may have.
+    options = {
+        "dtype": setup["dtype"],
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 2048,
+        "disable_log_stats": False,
+    }
     options["enforce_eager"] = not setup["compiled"]
     if setup["draft"]:
         options["speculative_config"] = {
@@ -34,7 +45,7 @@ def main() -> None:
         }
     engine = LLM(setup["target"], max_num_seqs=1, enable_prefix_caching=False, **options)
     print(json.dumps({"ready": True}), file=answers)
-    before = {"draft": 0, "accepted": 0}
+    before = dict.fromkeys(COUNTS, 0)
     for line in sys.stdin:
         asked = json.loads(line)
         greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"])
@@ -42,14 +53,11 @@ def main() -> None:
         done = engine.generate([{"prompt_token_ids": asked["prompt"]}], greedy, use_tqdm=False)
         seconds = time.perf_counter() - began
         counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
-        after = {kind: counts.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in before}
-        facts = {
-            "tokens": list(done[0].outputs[0].token_ids),
-            "seconds": seconds,
-            "drafted": after["draft"] - before["draft"],
-            "accepted": after["accepted"] - before["accepted"],
-        }
-        before = after
+        facts = {"tokens": list(done[0].outputs[0].token_ids), "seconds": seconds}
+        if setup["draft"]:
+            after = {kind: counts[name] for kind, name in COUNTS.items()}
+            facts |= {kind: after[kind] - before[kind] for kind in COUNTS}
+            before = after
         print(json.dumps(facts), file=answers)
 
 

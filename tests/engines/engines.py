@@ -10,10 +10,11 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ FIXED = 3
 READ_GGUF = ("llama.cpp", "openvino")
 SURE = ("llama.cpp", "transformers")
 """Engines whose drafts stop where they are unsure."""
+STARTING, ANSWERING = 900, 300
+"""Seconds after which an engine is given up. vLLM takes half a minute to start; if it compiles, minutes."""
 
 
 class NotInstalled(Exception):
@@ -63,6 +66,8 @@ class Answer:
     seconds: float
     drafted: int = 0
     accepted: int = 0
+    rounds: int | None = None
+    """Where the engine counts them; its counts may then include what it accepted past the end."""
 
 
 Ask = Callable[[list[int], int], Answer]
@@ -83,12 +88,11 @@ def write_target(engine: str, place: Path, dtype: str = "float32") -> str:
 
 
 def write_draft(engine: str, folder: Path, dtype: str = "float32", adapter: Path = demo.ADAPTER) -> str:
-    """An adapter for SmolLM2, the shipped one unless another is named, as a draft in a new folder."""
-    if engine not in READ_GGUF:
-        export(adapter, "transformers", folder, dtype=dtype)
-        return str(folder)
-    export(adapter, "llama.cpp", folder, dtype=_kind(engine, dtype))
-    return str(folder / GGUF_FILE)
+    """An adapter for SmolLM2, the shipped one unless another is named, as a draft; a folder that exists is kept."""
+    gguf = engine in READ_GGUF
+    if not folder.exists():
+        export(adapter, "llama.cpp" if gguf else "transformers", folder, dtype=_kind(engine, dtype))
+    return str(folder / GGUF_FILE if gguf else folder)
 
 
 def _kind(engine: str, dtype: str) -> str:
@@ -200,7 +204,7 @@ def serving(words: list[str]) -> Iterator[str]:
 def post(address: str, body: dict[str, Any]) -> dict[str, Any]:
     """What a server answers to a JSON object."""
     sent = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(sent, timeout=300) as reply:
+    with urllib.request.urlopen(sent, timeout=ANSWERING) as reply:
         answer: dict[str, Any] = json.load(reply)
     return answer
 
@@ -224,18 +228,25 @@ def run_elsewhere(name: str, environment: str, setup: Setup) -> Iterator[Ask]:
             assert engine.stdin is not None
             assert engine.stdout is not None
 
-            def ask(what: Any) -> dict[str, Any]:
-                print(json.dumps(what), file=engine.stdin, flush=True)
+            def ask(what: Any, limit: float = ANSWERING) -> dict[str, Any]:
+                late = threading.Timer(limit, engine.kill)
+                late.daemon = True
+                late.start()
+                with suppress(BrokenPipeError):  # what the engine said before it ended tells more
+                    print(json.dumps(what), file=engine.stdin, flush=True)
                 line = engine.stdout.readline() if engine.stdout else ""
-                assert line, f"the engine ended: {_end_of(said)}"
+                why = f"{name} ended" if late.is_alive() else f"{name} said nothing for {limit} s and was ended"
+                late.cancel()
+                assert line, f"{why}: {_end_of(said)}"
                 answer: dict[str, Any] = json.loads(line)
                 return answer
 
             try:
-                ask(asdict(setup))
+                ask(asdict(setup), STARTING)
                 yield lambda prompt, tokens: Answer(**ask({"prompt": prompt, "tokens": tokens}))
             finally:
-                engine.stdin.close()
+                with suppress(BrokenPipeError):
+                    engine.stdin.close()
                 try:
                     engine.wait(timeout=60)
                 except subprocess.TimeoutExpired:

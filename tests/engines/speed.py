@@ -112,6 +112,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--confidence", type=float)
     parser.add_argument("--quantise", metavar="KIND", help="llama.cpp: also with drafts made smaller by llama-quantize")
     parser.add_argument("--target", help="another file of the target, such as a quantised one")
+    parser.add_argument(
+        "--drafts", type=Path, help="a folder that keeps the drafts: vLLM compiles anew for another one"
+    )
     parser.add_argument("--record", action="store_true")
     return parser
 
@@ -122,7 +125,7 @@ def measure(wanted: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         target = wanted.target or write_target(wanted.engine, Path(place), wanted.dtype)
         setups = {"": Setup(target=target, dtype=wanted.dtype, compiled=True)}
-        drafts = _drafts(wanted, target, Path(place))
+        drafts = _drafts(wanted, target, wanted.drafts or Path(place))
         for name, setup in drafts.items():
             setups |= {name: setup, _alone(name): Setup(target=str(setup.draft), dtype=wanted.dtype, compiled=True)}
         sides = {name: stack.enter_context(ENGINES[wanted.engine](setup)) for name, setup in setups.items()}
@@ -157,16 +160,17 @@ def _alone(name: str) -> str:
 def _drafts(wanted: argparse.Namespace, target: str, place: Path) -> dict[str, Setup]:
     """What drafts, by a name to show."""
     made: dict[str, Setup] = {}
-    for number, given in enumerate(wanted.adapter or [demo.NAME]):
+    for given in wanted.adapter or [demo.NAME]:
         adapter = demo.find_adapter(given)
         config = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
         sure = wanted.engine in SURE
         length = wanted.draft_tokens or (config["max_draft"] if sure else FIXED)
         confidence = config["threshold"] if wanted.confidence is None else wanted.confidence
-        name = "shipped" if given == demo.NAME else f"adapter {config['weights_sha256'][:6]}"
-        files = {name: write_draft(wanted.engine, place / f"draft{number}", wanted.dtype, adapter)}
+        name = f"adapter {config['weights_sha256'][:6]}"
+        written = place / f"{wanted.engine}-{wanted.dtype}-{config['weights_sha256'][:6]}"
+        files = {name: write_draft(wanted.engine, written, wanted.dtype, adapter)}
         if wanted.quantise:
-            small = place / f"draft{number}.gguf"
+            small = place / f"{written.name}-{wanted.quantise}.gguf"
             subprocess.run(
                 [find_llama_cpp("llama-quantize"), files[name], str(small), wanted.quantise],
                 check=True,
@@ -196,7 +200,9 @@ def figures(
     step, draft_step = (
         sum(one.further for one in side) / sum(len(one.whole.tokens) - 1 for one in side) for side in (plain, alone)
     )
-    rounds = sum(len(one.whole.tokens) - 1 for one in drafted) - accepted
+    brought = sum(len(one.whole.tokens) - 1 for one in drafted)
+    counted = [one.whole.rounds for one in drafted if one.whole.rounds is not None]
+    rounds = sum(counted) if counted else brought - accepted
     a_round = sum(one.further for one in drafted) / rounds
     pairs = [*zip(prompts, plain, drafted, strict=False)]
     parted = [(p, a.whole.tokens, b.whole.tokens) for p, a, b in pairs if a.whole.tokens != b.whole.tokens]
@@ -209,7 +215,7 @@ def figures(
         "largest preference where texts part": round(max((preference(*texts) for texts in parted), default=0.0), 4),
         "drafted a round": round(tried / rounds, 2),
         "share accepted": round(accepted / tried, 3) if tried else None,
-        "tokens a round": round(1 + accepted / rounds, 2),
+        "tokens a round": round(brought / rounds, 2),
         "ms a step": round(1000 * step, 2),
         "draft step": round(draft_step / step, 3),
         "verifying": round((a_round - draft_step * tried / rounds) / step, 3),

@@ -149,8 +149,8 @@ print(tokenizer.decode(output[0]))"""
         text=text,
         notes=(
             "`trust_remote_code=True` is needed for local folders too: read custom_generate/generate.py first.",
-            "Once uploaded, the repository's name stands in place of the folder. `pip install -r "
-            "custom_generate/requirements.txt` brings what it needs.",
+            "Once uploaded, the repository's name stands in place of the folder, and the target's in place of its own. "
+            "`pip install -r custom_generate/requirements.txt` brings what it needs.",
             "The first call makes the model ready, which takes seconds; later ones with the same model find it so.",
         ),
     )
@@ -159,6 +159,7 @@ print(tokenizer.decode(output[0]))"""
 def readme(engine: str, draft: Drafting, title: str, facts: list[str]) -> str:
     """The README.md of an exported folder."""
     how = launch(engine, draft)
-    lines = [f"# {title}", "", *[f"- {fact}" for fact in facts], "", f"## With {engine}", ""]
+    shown = "transformers, through custom_generate" if engine == "hub" else engine
+    lines = [f"# {title}", "", *[f"- {fact}" for fact in facts], "", f"## With {shown}", ""]
     lines += [f"```{how.language}", how.text, "```", "", *[f"- {note}" for note in how.notes]]
     return "\n".join(lines) + "\n"
