@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, and nothing left over from another test's random numbers."""
+"""Settings of every test: one thread, and nothing left over from another test's threads and random numbers."""
 
 import os
 import tempfile
@@ -21,7 +21,9 @@ warnings.filterwarnings("ignore", module="transformers")
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _as_before_any_test() -> None:
+    # With several, a process that a later test forks would wait for ever: OpenMP's own threads are not forked with it.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -1,7 +1,6 @@
 """Threads by a trial: the fewest that are about as fast, remembered, and never changed where nobody asked."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,9 @@ from tiny import build
 
 
 @pytest.fixture(autouse=True)
-def _restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _six_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KANGAROO_CACHE", str(tmp_path))
     monkeypatch.setattr(kangaroo.threads, "_cores", lambda: 6)
-    yield
-    torch.set_num_threads(1)
 
 
 def clock(seconds: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
