@@ -4,12 +4,14 @@ from fastapi import FastAPI
 from ray import serve
 
 import kangaroo
+from kangaroo.machine import bound_kernel_caches
 from kangaroo.serve.app import make_app
 from kangaroo.serve.service import Service
 
 
 def build() -> FastAPI:
     """In every replica, which takes no requests before it has loaded the model."""
+    bound_kernel_caches()
     engine = kangaroo.load("demo").engine(rows=16)
     return make_app(Service(lambda: engine, "demo"), drain=30)
 

@@ -111,3 +111,33 @@ def test_the_command_line_needs_no_unix() -> None:
     code = "import sys; sys.modules['fcntl'] = None; from kangaroo.cli import bench, main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
+
+
+MANY_SHAPES = """
+import psutil, torch
+from kangaroo.machine import bound_kernel_caches
+bound_kernel_caches()
+weight = torch.randn(32, 32)
+packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+for rows in range(1, 1000):
+    torch.ops.mkldnn._linear_pointwise(torch.randn(rows, 32), packed, None, "none", [], "")
+    if rows == 400:
+        before = psutil.heap_info().heap_used
+print(psutil.heap_info().heap_used - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(psutil, "heap_info"), reason="this C library does not say what its heap holds")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_kernels_for_ever_more_shapes_do_not_pile_up_unless_the_user_wants_them_to() -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    others = {name: value for name, value in os.environ.items() if name not in names}
+
+    def grown(**more: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", MANY_SHAPES], env=others | more, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    kept, all_of_them = grown(), grown(**dict.fromkeys(names, "1024"))
+    assert kept < 4 << 20 < 64 << 20 < all_of_them

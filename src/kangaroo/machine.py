@@ -17,6 +17,8 @@ from kangaroo import cgroup
 
 MOST_THREADS = 1024
 """The most CPU threads that may be asked for: OpenMP ends the process where it cannot start them."""
+KERNELS_KEPT = 256
+"""By each of two caches: what batches of many sizes use again and again."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -33,6 +35,16 @@ def trim_heap() -> None:
     """Give the system back what the process's allocator holds and nothing uses, where there is a way."""
     if hasattr(psutil, "heap_trim"):  # not with every C library
         psutil.heap_trim()
+
+
+def bound_kernel_caches() -> None:
+    """Keep fewer of the kernels that oneDNN makes for every shape, in a process that meets many; before torch makes one.
+
+    oneDNN keeps 1,024 of them, and so does torch's layer over it, each with about 300 kB: a server would grow by 600 MB
+    in its first hours. To make one again takes half a millisecond. Whoever has set the variables is obeyed.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 def human_bytes(count: float) -> str:

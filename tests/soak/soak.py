@@ -23,6 +23,7 @@ from live import Live, engine_of, serving  # noqa: E402
 
 from held import Held, Watch  # noqa: E402
 from kangaroo.decoder import Decoder, load  # noqa: E402
+from kangaroo.machine import bound_kernel_caches  # noqa: E402
 from kangaroo.sampling import Sampling  # noqa: E402
 from little_model import FILES, TARGET  # noqa: E402
 
@@ -181,6 +182,7 @@ def main() -> int:
     parser.add_argument("--adapter", help="Its adapter; 'demo' brings one.")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    bound_kernel_caches()  # as `kangaroo serve` does
     if given.model == "little":
         decoder = load(TARGET, adapter=FILES["adapter"], dtype="float32")
     else:

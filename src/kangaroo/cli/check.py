@@ -9,7 +9,7 @@ from kangaroo.bench.check import SAMPLINGS, CheckReport, expect
 from kangaroo.bench.check import check as check_drafter
 from kangaroo.bench.questions import interleave_kinds, read_prompts
 from kangaroo.cli.options import Json, MaxTokens, ModelOptions, with_model_options
-from kangaroo.cli.terminal import notes, print_json, show_checks
+from kangaroo.cli.terminal import notes, print_json, show_checks, verdict
 from kangaroo.drafters import DRAFTERS
 from kangaroo.errors import ConfigError
 from kangaroo.sampling import Sampling
@@ -45,6 +45,8 @@ def check(
         for name, decoder in decoders.items():
             status.update(name)
             reports[name] = check_drafter(decoder, expected, batches=batch or [1, 4])
+            if len(decoders) > 1:  # all of them take a while
+                notes.print(f"{name}: {verdict(reports[name])}", soft_wrap=True)
     lossless = all(report.problem is None for report in reports.values())
     if as_json:
         facts = {name: _facts(report) for name, report in reports.items()}

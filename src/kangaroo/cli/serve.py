@@ -11,6 +11,7 @@ from kangaroo.cli.terminal import notes
 from kangaroo.drafters import DRAFTERS, find_drafter
 from kangaroo.engine import Engine
 from kangaroo.errors import ConfigError
+from kangaroo.machine import bound_kernel_caches
 
 try:
     from kangaroo.serve.app import LARGEST_BODY, Access, make_app
@@ -68,6 +69,7 @@ def serve(
     access = Access(key=_key(api_key_file), hosts=hosts, origins=allow_origin or (), largest_body=largest_body)
     name = served_name or (options.model if not Path(options.model).exists() else Path(options.model).resolve().name)
     listening = open_socket(host, port)
+    bound_kernel_caches()
 
     def load() -> Engine:
         return options.open(first).engine(rows=rows, queue=queue, capacity=capacity, also=others)

@@ -139,12 +139,12 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
     rows = []
     for name, report in reports.items():
         counts = (report.answers, report.tokens, report.bits, *astuple(report.rounds))
-        rows.append((name, _verdict(report), *map(str, counts)))
+        rows.append((name, verdict(report), *map(str, counts)))
     print_rows(out, ("drafter", "verdict", "answers", "tokens", "other bits", *rounds), rows, texts=["verdict"])
     _print_left_out(left_out)
     for name, report in reports.items():
         if report.problem is not None:
-            out.print(f"{name}: {_verdict(report)}: {report.problem}")
+            out.print(f"{name}: {verdict(report)}: {report.problem}")
         for found in report.differences[:10]:
             out.print(f"{name}: {_difference_line(found)}")
     if all(report.problem is None for report in reports.values()):
@@ -153,7 +153,8 @@ def show_checks(reports: dict[str, CheckReport], left_out: dict[str, str], exact
         out.print(f"lossless: {same}" + (", to the last bit of its logits" if exactness.level == "bitwise" else ""))
 
 
-def _verdict(report: CheckReport) -> str:
+def verdict(report: CheckReport) -> str:
+    """Of a check, in a word."""
     if report.problem is None:
         return "lossless"
     return "inconclusive" if report.failure is None else "FAILED"
