@@ -38,10 +38,11 @@ def trim_heap() -> None:
 
 
 def bound_kernel_caches() -> None:
-    """Keep fewer of the kernels that oneDNN makes for every shape, in a process that meets many; before torch makes one.
+    """Keep fewer of the kernels that oneDNN makes for every shape. To be called before torch makes the first.
 
-    oneDNN keeps 1,024 of them, and so does torch's layer over it, each with about 300 kB: a server would grow by 600 MB
-    in its first hours. To make one again takes half a millisecond. Whoever has set the variables is obeyed.
+    oneDNN keeps 1,024 of them, and so does torch's layer over it, each with about 300 kB. A server, which meets many
+    shapes, would grow by 600 MB in its first hours. To make one again takes half a millisecond. Where the user has set
+    the variables, they stay.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS_KEPT))
