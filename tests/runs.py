@@ -47,7 +47,11 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "kangaroo-fixed": lambda t: Kangaroo(t, make_adapter(t), EXIT, ChainConfig(max_draft=3, threshold=0)),
     "kangaroo": lambda t: Kangaroo(t, make_adapter(t), EXIT, ChainConfig(max_draft=5, threshold=0.35)),
     "kangaroo-auto": lambda t: Kangaroo(
-        t, make_adapter(t), EXIT, ChainConfig(max_draft=6), CostAware(CALIBRATION, DraftCosts(token=0.3), longest=6)
+        t,
+        make_adapter(t),
+        EXIT,
+        ChainConfig(max_draft=6),
+        CostAware(CALIBRATION, lambda _: DraftCosts(token=0.3), longest=6),
     ),
     "kangaroo-deep": lambda t: Kangaroo(
         t, make_adapter(t, layers=2, draft_vocabulary=FEW), EXIT, ChainConfig(max_draft=5, threshold=0.2)

@@ -90,12 +90,17 @@ def round_over(
 
 @torch.inference_mode()
 def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
-    """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted."""
+    """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted.
+
+    A row that drafts on alone pays for the time of both.
+    """
     state = two_rows()
-    rule = CostAware(CALIBRATION, DraftCosts(token=0.3), longest=6)
+    rule = CostAware(CALIBRATION, lambda _: DraftCosts(token=0.3), longest=6)
     assert rule.begin(state) == [True, True]  # 0.6 > 0.3 x 1
-    assert goes_on(rule, 0.9, 0.5) == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
-    assert goes_on(rule, 0.9, 0.9) == [True, False]  # 0.81 x 0.6
+    assert goes_on(rule, 0.9, 0.5) == [False, False]  # 0.9 x 0.6 < 0.3 x 2, 0.5 x 0.6 = 0.3
+    assert rule.begin(state) == [True, True]
+    assert goes_on(rule, 0.9, 0.9) == [True, True]  # 0.9 x 0.6
+    assert goes_on(rule, 0.9, 0.9) == [True, True]  # 0.81 x 0.6
     round_over(state, rule, [3, 1], [2, 2], ([0.9, 0.9], [0.5, 0.9]))
     # The first row emitted 3 for 1.6 steps: its rate is (4 + 3) / (4 + 1.6), and drafting has to beat it.
     rule.begin(state)
@@ -110,14 +115,14 @@ def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
 @pytest.mark.parametrize(("start", "longest", "begins"), [(0.8, 6, True), (0.95, 6, False), (0.8, 2, False)])
 def test_a_draft_must_make_up_for_its_start(start: float, longest: int, begins: bool) -> None:
     """Tokens at 0.1 each, right with 0.6 after one that is: 0.5 + 0.26 + 0.116 + 0.03 = 0.91, two of them 0.76."""
-    rule = CostAware(CALIBRATION, DraftCosts(token=0.1, start=start), longest)
+    rule = CostAware(CALIBRATION, lambda _: DraftCosts(token=0.1, start=start), longest)
     assert rule.begin(two_rows()) == [begins] * 2
 
 
 @torch.inference_mode()
 def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> None:
     state = two_rows()
-    rule, begun = CostAware(CALIBRATION, DraftCosts(token=0.4), longest=6), []
+    rule, begun = CostAware(CALIBRATION, lambda _: DraftCosts(token=0.2), longest=6), []
     for _ in range(40):
         goes = rule.begin(state)
         begun.append(goes[0])
@@ -128,9 +133,21 @@ def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> 
     assert any(begun[-15:]), "after a while one is tried again"
 
 
+@torch.inference_mode()
+def test_what_drafting_costs_is_that_of_the_rows_at_hand() -> None:
+    state, asked = two_rows(), []
+
+    def costs(rows: int) -> DraftCosts:
+        asked.append(rows)
+        return DraftCosts(token=0.1 if rows == 1 else 0.7)
+
+    assert CostAware(CALIBRATION, costs, longest=6).begin(state) == [False, False]
+    assert asked == [2]
+
+
 def test_chains_without_hope_are_not_drafted_and_say_why() -> None:
     model = target("llama")
-    rule = CostAware(CALIBRATION, DraftCosts(token=2), longest=6)
+    rule = CostAware(CALIBRATION, lambda _: DraftCosts(token=2), longest=6)
     drafter = Kangaroo(model, make_adapter(model), EXIT, ChainConfig(), rule)
     state = start(model, drafter, requests(PROMPTS, GREEDY, 6))
     with torch.inference_mode():
@@ -145,7 +162,7 @@ def test_dearer_drafts_are_shorter() -> None:
     model = target("llama")
 
     def drafted(cost: float) -> int:
-        rule = CostAware(CALIBRATION, DraftCosts(token=cost + 0.01), longest=6)
+        rule = CostAware(CALIBRATION, lambda _: DraftCosts(token=cost + 0.01), longest=6)
         drafter = Kangaroo(model, make_adapter(model), EXIT, ChainConfig(), rule)
         return sum(map(sum, generate(model, drafter, requests(PROMPTS, GREEDY, 40)).drafted))
 

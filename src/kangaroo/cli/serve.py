@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
     raise ConfigError(f"the server needs {error.name}: pip install 'kangaroo-decoding[serve]'") from None
 
 KEY = "KANGAROO_API_KEY"
-OFFERED = ("kangaroo", "kangaroo+lookup", "prompt-lookup")
+OFFERED = ("kangaroo+lookup", "kangaroo", "prompt-lookup")
 """Without --drafter: what an adapter serves, and what needs none."""
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 

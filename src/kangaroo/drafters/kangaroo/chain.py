@@ -8,6 +8,7 @@ has left bounds its draft.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,8 @@ StopRule = Literal["threshold", "auto"]
 COSTS = ("draft_cost", "node_cost", "start_cost")
 LONGEST, MEASURED = 10, 12
 """Tokens that "auto" drafts at most unless told otherwise; repeats of the measurement of its costs."""
+FEW_NODES, FEW = 4, 3
+"""Nodes and repeats where there are several rows, as these are measured while somebody waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +152,21 @@ def _load_calibration(target: Target, settings: Settings) -> ExitCalibration | N
     return found
 
 
-def _costs(model: SelfDraft, config: ChainConfig) -> DraftCosts:
-    """As configured, or measured."""
+def _costs(model: SelfDraft, config: ChainConfig) -> Callable[[int], DraftCosts]:
+    """What drafting costs with so many rows, as configured or measured: of one row now, of more when there are more."""
     given = {name: getattr(config, name) for name in COSTS}
-    if None in given.values():
-        measured = measure_costs(model.target, model, repeats=MEASURED)
-        shares = dict(zip(COSTS, (measured.draft_share, measured.node_share, measured.start_share), strict=True))
-        given = {name: shares[name] if cost is None else cost for name, cost in given.items()}
-    return DraftCosts(token=given["draft_cost"] + given["node_cost"], start=given["start_cost"])
+
+    @cache
+    def measured(rows: int) -> DraftCosts:
+        costs = dict(given)
+        if None in given.values():
+            one = rows == 1
+            found = measure_costs(
+                model.target, model, rows=rows, nodes=8 if one else FEW_NODES, repeats=MEASURED if one else FEW
+            )
+            shares = dict(zip(COSTS, (found.draft_share, found.node_share, found.start_share), strict=True))
+            costs = {name: shares[name] if cost is None else cost for name, cost in given.items()}
+        return DraftCosts(token=costs["draft_cost"] + costs["node_cost"], start=costs["start_cost"])
+
+    measured(1)
+    return lambda rows: measured(1 << (rows - 1).bit_length())

@@ -15,10 +15,10 @@ CONTEXT = 128
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Median seconds of each piece at batch 1."""
+    """Median seconds of each piece, on so many rows at once as were asked for."""
 
     full_step: float
-    """All layers, norm and head on one token."""
+    """All layers, norm and head on one token a row."""
     shallow: float
     """Embedding and the first E layers on one token."""
     adapter: float
@@ -54,12 +54,14 @@ class Costs:
 
 
 @torch.inference_mode()
-def measure_costs(target: Target, model: SelfDraft | None, *, nodes: int = 8, repeats: int = 30) -> Costs:
+def measure_costs(
+    target: Target, model: SelfDraft | None, *, nodes: int = 8, repeats: int = 30, rows: int = 1
+) -> Costs:
     """Time the pieces of rounds at the start of a context, interleaved, on the target's own weights and kernels."""
     context = min(CONTEXT, target.context - nodes - 1)
-    cache = target.new_cache(1, context + nodes + 1, model.cache_layers if model else ())
-    lengths = torch.full((1,), context - 1, dtype=torch.int64, device=target.device)
-    tokens = torch.ones(1, nodes, dtype=torch.int64, device=target.device)
+    cache = target.new_cache(rows, context + nodes + 1, model.cache_layers if model else ())
+    lengths = torch.full((rows,), context - 1, dtype=torch.int64, device=target.device)
+    tokens = torch.ones(rows, nodes, dtype=torch.int64, device=target.device)
     exit_layer = model.exit_layer if model else 0
 
     def deep(count: int, first: int) -> Callable[[], object]:

@@ -8,10 +8,12 @@ drafted while
 costs in plain steps: what the token is expected to bring must exceed what its time would bring otherwise. The chances
 are calibrated confidences, scaled by how such chances have come true in the row, and before the first token what became
 of the row's first tokens. From one token to two a pass costs more than from two to three: nothing is drafted where the
-best draft is not expected to make up for that. Everything is counted row by row.
+best draft is not expected to make up for that. Confidences are counted row by row, time is not: a pass over several
+rows costs the same for a token of one as for a token of each, so that those who draft on pay for the others' time, too;
+and with more rows a token costs more of a plain step. At some number of rows nothing is drafted any more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ PRIOR = 4.0
 """Rounds' worth of weight that the prior has: plain decoding's rate, and the calibrated chance of a first token."""
 FORGET = 0.9
 """Share of what is known of first tokens that a round without any leaves: after a while one is tried again."""
+SHARINGS = 3
+"""How often those who draft on are counted again, as each that stops leaves more to pay to the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +49,43 @@ class CostAware:
 
     looks = True
 
-    def __init__(self, calibration: Calibration, costs: DraftCosts, longest: int):
-        """`longest` is the most tokens that a draft may have."""
+    def __init__(self, calibration: Calibration, costs: Callable[[int], DraftCosts], longest: int):
+        """`costs` says what drafting costs with so many rows; `longest` is the most tokens that a draft may have."""
         self._calibration, self._costs, self._longest = calibration, costs, longest
-        self._now = costs
+        self._now = DraftCosts(token=0.0)
         self._rows: list[_Row] = []
 
     def begin(self, state: State) -> Sequence[bool]:
         """If the row's first tokens have been right often enough."""
         rows = self._known(state)
-        # What this number of rows has been found to cost, where that has been measured.
-        self._now = self._costs if state.price is None else DraftCosts(token=state.price)
+        # What rounds under way have been found to cost, where somebody keeps an account of it.
+        self._now = self._costs(state.batch) if state.price is None else DraftCosts(token=state.price)
         known = [[row.scale, self._calibration.after_right * row.scale, self._now.token * row.rate] for row in rows]
         self._scale, self._next, self._price = sent(known, torch.float64, state.tokens.device).unbind(1)
         self._chance = torch.ones_like(self._scale)
-        return [self._gain(row) > 0 for row in rows]
+        self._running = sum(row.active for row in state.rows)
+        begun = self._beginning([row if own.active else None for row, own in zip(rows, state.rows, strict=True)])
+        self._going = sent(begun, torch.bool, state.tokens.device)
+        return begun
 
-    def _gain(self, row: "_Row") -> float:
+    def _beginning(self, rows: "Sequence[_Row | None]") -> list[bool]:
+        """Who drafts, of those that are running: the most whose drafts pay for the others' time, too."""
+        begun = [row is not None for row in rows]
+        while any(begun):
+            share = self._running / sum(begun)
+            kept = [
+                row is not None and begins and self._gain(row, share) > 0
+                for row, begins in zip(rows, begun, strict=True)
+            ]
+            if kept == begun:
+                break
+            begun = kept
+        return begun
+
+    def _gain(self, row: "_Row", share: float) -> float:
         """What the best draft is expected to bring more than its time would bring otherwise, in tokens."""
-        prior, price = self._calibration.after_right, self._now.token * row.rate
-        gain, chance = -self._now.start * row.rate, row.first(prior)
+        prior, price = self._calibration.after_right, self._now.token * row.rate * share
+        gain, chance = -self._now.start * row.rate * share, row.first(prior)
         for _ in range(self._longest):
             if chance <= price:
                 break
@@ -74,7 +95,11 @@ class CostAware:
     def go_on(self, confidence: Tensor) -> Tensor:
         """If the whole draft and one more are still likely enough."""
         self._chance = self._chance * (self._calibration.chances(confidence) * self._scale)
-        return self._chance * self._next > self._price
+        worth, going = self._chance * self._next, self._going
+        for _ in range(SHARINGS):
+            going = going & (worth > self._price * (self._running / going.sum().clamp(min=1)))
+        self._going = going
+        return going
 
     def observe(self, state: State, committed: Committed) -> None:
         """Count what the rows' rounds brought and cost; a prompt begins anew."""
@@ -84,11 +109,12 @@ class CostAware:
             for number in range(state.batch) if chosen is None else chosen.tolist():
                 rows[number] = _Row()
             return
+        cost = self._now.round(max(committed.drafted))
         told = zip(rows, committed.text, committed.drafted, committed.confidences, strict=True)
         for row, emitted, drafted, confidences in told:
             if emitted:
                 chances = [self._calibration.chance(confidence) for confidence in confidences[:drafted]]
-                row.learn(len(emitted), drafted, self._now.round(drafted), chances)
+                row.learn(len(emitted), drafted, cost, chances)
 
     def arrange(self, rows: Sequence[int]) -> None:
         """What is known of a row stays with it."""
