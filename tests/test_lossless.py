@@ -43,10 +43,9 @@ def test_text_is_the_models_own_alone_and_in_a_ragged_batch(family: str, drafter
     assert batch.texts == want
     alone = [generate(model, DRAFTERS[drafter](model), requests([p], sampling, TOKENS)) for p in PROMPTS]
     assert [run.texts[0] for run in alone] == want
-    if drafter != "kangaroo-auto":  # which reckons with what its neighbours' time costs
-        # Not even the drafts depend on the neighbours, so neither does the speed.
-        assert batch.rounds == [run.rounds[0] for run in alone]
-        assert batch.drafted == [run.drafted[0] for run in alone]
+    # Not even the drafts depend on the neighbours, so neither does the speed.
+    assert batch.rounds == [run.rounds[0] for run in alone]
+    assert batch.drafted == [run.drafted[0] for run in alone]
     if drafter not in {"none", *COPYING}:
         assert any(n > 0 for n in batch.accepted), "identity proves little when nothing is accepted"
         assert sum(batch.accepted) < sum(map(sum, batch.drafted)), "nor when nothing is refused"
@@ -213,8 +212,7 @@ def test_a_row_is_given_to_a_new_request_between_rounds(family: str, drafter: st
         assert text == oracle(model.model, prompt, EVERYTHING, len(text))
         # A newcomer finds nothing of the row's past: it is drafted for as it would be on its own.
         alone = generate(model, DRAFTERS[drafter](model), requests([prompt], EVERYTHING, len(text)))
-        assert run.texts == alone.texts
-        assert drafter == "kangaroo-auto" or (run.rounds, run.drafted) == (alone.rounds, alone.drafted)
+        assert (run.rounds, run.drafted) == (alone.rounds, alone.drafted)
 
 
 def test_several_rows_are_given_away_at_once() -> None:

@@ -90,17 +90,12 @@ def round_over(
 
 @torch.inference_mode()
 def test_the_rule_goes_on_while_the_next_token_is_expected_to_pay() -> None:
-    """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted.
-
-    A row that drafts on alone pays for the time of both.
-    """
+    """By hand: chances 0.9 after a sure token and 0.5 after an unsure one, 0.6 for a token not yet drafted."""
     state = two_rows()
     rule = CostAware(CALIBRATION, lambda _: DraftCosts(token=0.3), longest=6)
     assert rule.begin(state) == [True, True]  # 0.6 > 0.3 x 1
-    assert goes_on(rule, 0.9, 0.5) == [False, False]  # 0.9 x 0.6 < 0.3 x 2, 0.5 x 0.6 = 0.3
-    assert rule.begin(state) == [True, True]
-    assert goes_on(rule, 0.9, 0.9) == [True, True]  # 0.9 x 0.6
-    assert goes_on(rule, 0.9, 0.9) == [True, True]  # 0.81 x 0.6
+    assert goes_on(rule, 0.9, 0.5) == [True, False]  # 0.9 x 0.6, 0.5 x 0.6 = 0.3
+    assert goes_on(rule, 0.9, 0.9) == [True, False]  # 0.81 x 0.6
     round_over(state, rule, [3, 1], [2, 2], ([0.9, 0.9], [0.5, 0.9]))
     # The first row emitted 3 for 1.6 steps: its rate is (4 + 3) / (4 + 1.6), and drafting has to beat it.
     rule.begin(state)
@@ -122,7 +117,7 @@ def test_a_draft_must_make_up_for_its_start(start: float, longest: int, begins: 
 @torch.inference_mode()
 def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> None:
     state = two_rows()
-    rule, begun = CostAware(CALIBRATION, lambda _: DraftCosts(token=0.2), longest=6), []
+    rule, begun = CostAware(CALIBRATION, lambda _: DraftCosts(token=0.4), longest=6), []
     for _ in range(40):
         goes = rule.begin(state)
         begun.append(goes[0])
@@ -135,14 +130,20 @@ def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> 
 
 @torch.inference_mode()
 def test_what_drafting_costs_is_that_of_the_rows_at_hand() -> None:
+    """Tokens at 0.4: of two rows the other has 0.6 of a chance to last, so that a second one costs 0.4 x 2 / 1.6."""
     state, asked = two_rows(), []
 
     def costs(rows: int) -> DraftCosts:
         asked.append(rows)
-        return DraftCosts(token=0.1 if rows == 1 else 0.7)
+        return DraftCosts(token=0.4, rows=rows)
 
-    assert CostAware(CALIBRATION, costs, longest=6).begin(state) == [False, False]
-    assert asked == [2]
+    rule = CostAware(CALIBRATION, costs, longest=6)
+    assert rule.begin(state) == [True, True]  # the first costs 0.4
+    assert goes_on(rule, 0.9, 0.7) == [0.9 * 0.6 > 0.5, 0.7 * 0.6 > 0.5] == [True, False]
+    state.weighed = True
+    assert rule.begin(state) == [True, True]
+    assert goes_on(rule, 0.9, 0.7) == [True, 0.7 * 0.6 > 0.4] == [True, True]
+    assert asked == [2, 1], "whoever keeps an account of rounds measures what more rows cost"
 
 
 def test_chains_without_hope_are_not_drafted_and_say_why() -> None:

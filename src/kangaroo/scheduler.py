@@ -226,7 +226,7 @@ class Scheduler:
             return
         state = self._live[1]
         rows = sum(row.active for row in state.rows)
-        state.drafting, state.price = self._load.drafts(rows), self._load.price(rows)
+        state.drafting, state.price, state.weighed = self._load.drafts(rows), self._load.price(rows), True
         state.longest_draft = self._load.most(rows)
         self.drafting = self._load.pays(rows)
         for task in self._seated:

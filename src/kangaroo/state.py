@@ -122,6 +122,8 @@ class State:
         """Whether anything is to be drafted in the coming round."""
         self.longest_draft: int | None = None
         """Tokens that a row's draft may have, if fewer than it has room for."""
+        self.weighed = False
+        """Whether somebody keeps an account of what drafts cost, and sets `price` once that is known."""
         self.price: float | None = None
         """What a drafted token costs with these rows, in plain rounds, if that has been measured."""
         self.rows = [self._seat(row, request) for row, request in enumerate(requests)]

@@ -33,10 +33,10 @@ from kangaroo.tree import Draft
 
 StopRule = Literal["threshold", "auto"]
 COSTS = ("draft_cost", "node_cost", "start_cost")
-LONGEST, MEASURED = 10, 12
-"""Tokens that "auto" drafts at most unless told otherwise; repeats of the measurement of its costs."""
-FEW_NODES, FEW = 4, 3
-"""Nodes and repeats where there are several rows, as these are measured while somebody waits."""
+LONGEST = 10
+"""Tokens that "auto" drafts at most unless told otherwise."""
+MEASURED, WHILE_WAITED_FOR = (8, 12), (4, 3)
+"""Nodes and repeats of the measurement of its costs: when the drafter is made, and when rows wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,20 +153,22 @@ def _load_calibration(target: Target, settings: Settings) -> ExitCalibration | N
 
 
 def _costs(model: SelfDraft, config: ChainConfig) -> Callable[[int], DraftCosts]:
-    """What drafting costs with so many rows, as configured or measured: of one row now, of more when there are more."""
+    """What drafting costs with so many rows, as configured or measured: now for one, for more once there are more."""
     given = {name: getattr(config, name) for name in COSTS}
+    if None not in given.values():
+        fixed = _draft_costs(given, rows=1)
+        return lambda rows: fixed
 
     @cache
     def measured(rows: int) -> DraftCosts:
-        costs = dict(given)
-        if None in given.values():
-            one = rows == 1
-            found = measure_costs(
-                model.target, model, rows=rows, nodes=8 if one else FEW_NODES, repeats=MEASURED if one else FEW
-            )
-            shares = dict(zip(COSTS, (found.draft_share, found.node_share, found.start_share), strict=True))
-            costs = {name: shares[name] if cost is None else cost for name, cost in given.items()}
-        return DraftCosts(token=costs["draft_cost"] + costs["node_cost"], start=costs["start_cost"])
+        nodes, repeats = MEASURED if rows == 1 else WHILE_WAITED_FOR
+        found = measure_costs(model.target, model, nodes=nodes, repeats=repeats, rows=rows)
+        shares = dict(zip(COSTS, (found.draft_share, found.node_share, found.start_share), strict=True))
+        return _draft_costs({name: shares[name] if cost is None else cost for name, cost in given.items()}, rows)
 
     measured(1)
     return lambda rows: measured(1 << (rows - 1).bit_length())
+
+
+def _draft_costs(costs: dict[str, float], rows: int) -> DraftCosts:
+    return DraftCosts(token=costs["draft_cost"] + costs["node_cost"], start=costs["start_cost"], rows=rows)

@@ -8,9 +8,10 @@ drafted while
 costs in plain steps: what the token is expected to bring must exceed what its time would bring otherwise. The chances
 are calibrated confidences, scaled by how such chances have come true in the row, and before the first token what became
 of the row's first tokens. From one token to two a pass costs more than from two to three: nothing is drafted where the
-best draft is not expected to make up for that. Confidences are counted row by row, time is not: a pass over several
-rows costs the same for a token of one as for a token of each, so that those who draft on pay for the others' time, too;
-and with more rows a token costs more of a plain step. At some number of rows nothing is drafted any more.
+best draft is not expected to make up for that. Everything is counted row by row.
+
+With several rows a token costs more of a plain step, and a pass costs the same for a token of one row as for a token of
+each: a row that drafts on pays for those that are expected to have stopped. Of the others it knows how many they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +27,6 @@ PRIOR = 4.0
 """Rounds' worth of weight that the prior has: plain decoding's rate, and the calibrated chance of a first token."""
 FORGET = 0.9
 """Share of what is known of first tokens that a round without any leaves: after a while one is tried again."""
-SHARINGS = 3
-"""How often those who draft on are counted again, as each that stops leaves more to pay to the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,16 @@ class DraftCosts:
     """For every token drafted and verified."""
     start: float = 0.0
     """For a draft at all."""
+    rows: int = 1
+    """That share a pass."""
 
-    def round(self, drafted: int) -> float:
-        """Cost of a round in which so many tokens were drafted."""
-        return 1 + (self.start + drafted * self.token if drafted else 0)
+    def next(self, drafted: int, lasting: float) -> float:
+        """Of one more token after so many, each of which another row survives with the chance `lasting`."""
+        return self.token * self.rows / (1 + (self.rows - 1) * lasting**drafted)
+
+    def round(self, drafted: int, lasting: float) -> float:
+        """Of a round in which so many tokens were drafted."""
+        return 1 + (self.start + sum(self.next(k, lasting) for k in range(drafted)) if drafted else 0)
 
 
 class CostAware:
@@ -58,35 +63,21 @@ class CostAware:
     def begin(self, state: State) -> Sequence[bool]:
         """If the row's first tokens have been right often enough."""
         rows = self._known(state)
-        # What rounds under way have been found to cost, where somebody keeps an account of it.
-        self._now = self._costs(state.batch) if state.price is None else DraftCosts(token=state.price)
-        known = [[row.scale, self._calibration.after_right * row.scale, self._now.token * row.rate] for row in rows]
-        self._scale, self._next, self._price = sent(known, torch.float64, state.tokens.device).unbind(1)
-        self._chance = torch.ones_like(self._scale)
-        self._running = sum(row.active for row in state.rows)
-        begun = self._beginning([row if own.active else None for row, own in zip(rows, state.rows, strict=True)])
-        self._going = sent(begun, torch.bool, state.tokens.device)
-        return begun
+        if state.price is None:
+            self._now = self._costs(1 if state.weighed else state.batch)
+        else:  # what such rounds have been found to cost
+            self._now = DraftCosts(token=state.price)
+        known = [[row.scale, self._calibration.after_right * row.scale, row.rate] for row in rows]
+        self._scale, self._next, self._rate = sent(known, torch.float64, state.tokens.device).unbind(1)
+        self._chance, self._drafted = torch.ones_like(self._scale), 0
+        return [self._gain(row) > 0 for row in rows]
 
-    def _beginning(self, rows: "Sequence[_Row | None]") -> list[bool]:
-        """Who drafts, of those that are running: the most whose drafts pay for the others' time, too."""
-        begun = [row is not None for row in rows]
-        while any(begun):
-            share = self._running / sum(begun)
-            kept = [
-                row is not None and begins and self._gain(row, share) > 0
-                for row, begins in zip(rows, begun, strict=True)
-            ]
-            if kept == begun:
-                break
-            begun = kept
-        return begun
-
-    def _gain(self, row: "_Row", share: float) -> float:
+    def _gain(self, row: "_Row") -> float:
         """What the best draft is expected to bring more than its time would bring otherwise, in tokens."""
-        prior, price = self._calibration.after_right, self._now.token * row.rate * share
-        gain, chance = -self._now.start * row.rate * share, row.first(prior)
-        for _ in range(self._longest):
+        prior = self._calibration.after_right
+        gain, chance = -self._now.start * row.rate, row.first(prior)
+        for drafted in range(self._longest):
+            price = self._now.next(drafted, prior) * row.rate
             if chance <= price:
                 break
             gain, chance = gain + chance - price, chance * prior * row.scale
@@ -95,11 +86,8 @@ class CostAware:
     def go_on(self, confidence: Tensor) -> Tensor:
         """If the whole draft and one more are still likely enough."""
         self._chance = self._chance * (self._calibration.chances(confidence) * self._scale)
-        worth, going = self._chance * self._next, self._going
-        for _ in range(SHARINGS):
-            going = going & (worth > self._price * (self._running / going.sum().clamp(min=1)))
-        self._going = going
-        return going
+        self._drafted += 1
+        return self._chance * self._next > self._rate * self._now.next(self._drafted, self._calibration.after_right)
 
     def observe(self, state: State, committed: Committed) -> None:
         """Count what the rows' rounds brought and cost; a prompt begins anew."""
@@ -109,12 +97,12 @@ class CostAware:
             for number in range(state.batch) if chosen is None else chosen.tolist():
                 rows[number] = _Row()
             return
-        cost = self._now.round(max(committed.drafted))
+        prior = self._calibration.after_right
         told = zip(rows, committed.text, committed.drafted, committed.confidences, strict=True)
         for row, emitted, drafted, confidences in told:
             if emitted:
                 chances = [self._calibration.chance(confidence) for confidence in confidences[:drafted]]
-                row.learn(len(emitted), drafted, cost, chances)
+                row.learn(len(emitted), drafted, self._now.round(drafted, prior), chances)
 
     def arrange(self, rows: Sequence[int]) -> None:
         """What is known of a row stays with it."""
