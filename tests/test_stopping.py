@@ -130,20 +130,33 @@ def test_where_first_tokens_are_never_right_nothing_is_drafted_for_a_while() -> 
 
 @torch.inference_mode()
 def test_what_drafting_costs_is_that_of_the_rows_at_hand() -> None:
-    """Tokens at 0.4: of two rows the other has 0.6 of a chance to last, so that a second one costs 0.4 x 2 / 1.6."""
+    """Tokens at 0.2: of two rows the other has 0.6 of a chance to last, so that a second one costs 0.2 x 2 / 1.6."""
     state, asked = two_rows(), []
 
     def costs(rows: int) -> DraftCosts:
         asked.append(rows)
-        return DraftCosts(token=0.4, rows=rows)
+        return DraftCosts(token=0.2, rows=rows)
 
     rule = CostAware(CALIBRATION, costs, longest=6)
-    assert rule.begin(state) == [True, True]  # the first costs 0.4
-    assert goes_on(rule, 0.9, 0.7) == [0.9 * 0.6 > 0.5, 0.7 * 0.6 > 0.5] == [True, False]
+    assert rule.begin(state) == [True, True]  # the first costs 0.2
+    assert goes_on(rule, 0.5, 0.3) == [0.5 * 0.6 > 0.25, 0.35 * 0.6 > 0.25] == [True, False]
     state.weighed = True
     assert rule.begin(state) == [True, True]
-    assert goes_on(rule, 0.9, 0.7) == [True, 0.7 * 0.6 > 0.4] == [True, True]
+    assert goes_on(rule, 0.5, 0.3) == [True, 0.35 * 0.6 > 0.2] == [True, True]
     assert asked == [2, 1], "whoever keeps an account of rounds measures what more rows cost"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("token", "begins"), [(0.25, True), (0.35, False)])
+def test_several_rows_draft_all_or_none_and_only_for_much(token: float, begins: bool) -> None:
+    """Promised are 0.6 - 0.25 + 0.36 - 0.3125 + ... = 0.4 tokens a round, or 0.6 - 0.35 = 0.25."""
+    rule = CostAware(CALIBRATION, lambda rows: DraftCosts(token, rows=rows), longest=6)
+    state = two_rows()
+    for _ in range(9):
+        assert rule.begin(state)[1] == begins
+        round_over(state, rule, [1, 2], [int(begins)] * 2, ([0.5], [0.5]))
+    alone = CostAware(CALIBRATION, lambda _: DraftCosts(token), longest=6)
+    assert alone.begin(state) == [True, True]
 
 
 def test_chains_without_hope_are_not_drafted_and_say_why() -> None:

@@ -14,7 +14,7 @@ from kangaroo.sampling import Sampling
 
 
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to answer.")] = 12,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to answer.")] = 10,
     max_tokens: MaxTokens = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     threads: Threads = None,
