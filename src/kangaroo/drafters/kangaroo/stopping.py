@@ -28,8 +28,8 @@ from kangaroo.state import Committed, State, sent
 PRIOR = 4.0
 """Rounds' worth of weight that the prior has: plain decoding's rate, and the calibrated chance of a first token."""
 WORTH = 0.3
-"""Tokens a round that drafting must promise where several rows share a pass; costs along a line and a first token's
-chance are too rosy by as much. Promises of 0.39 (2 rows) and 0.25 (4) became 1.17 and 0.95 of plain decoding's speed."""
+"""Tokens a round that drafting must promise where several rows share a pass: costs along a line and a first token's
+chance are too rosy by as much. Promises of 0.39 (2 rows) and 0.25 (4) became 1.17 and 0.95 of plain decoding."""
 FORGET = 0.9
 """Share of what is known of first tokens that a round without any leaves: after a while one is tried again."""
 
