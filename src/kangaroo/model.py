@@ -194,9 +194,10 @@ class Target:
     def _paths(self, where: Placement, way: Attention) -> Tensor | None:
         if not where.branches:
             return None
-        if "paths" not in where.derived:
-            where.derived["paths"] = (where.paths(extent(where, way)),)
-        return where.derived["paths"][0]
+        key = ("paths", way)  # targets that share a placement may look at blocks of different sizes
+        if key not in where.derived:
+            where.derived[key] = (where.paths(extent(where, way)),)
+        return where.derived[key][0]
 
     def prepare(self, where: Placement) -> Placement:
         """The same placement with masks and rotary embeddings made, for callers that run it slice by slice."""
