@@ -259,7 +259,7 @@ def _estimate_line(news: RunEstimate) -> str:
     fits = "" if news.fits else f", more than the {human_bytes(news.available_bytes)} that are free"
     return (
         f"{news.parameters:,} trained parameters; about {human_bytes(news.peak_bytes)} of memory{fits}; "
-        f"{news.seconds_per_step:.2f} s a step on text not seen before, at most {_clock(news.seconds)} in all"
+        f"{news.seconds_per_step:.2f} s a step on text not seen before, at that pace {_clock(news.seconds)} in all"
     )
 
 
