@@ -321,6 +321,14 @@ def test_a_tree_reads_its_paths_in_order() -> None:
 
 
 @torch.inference_mode()
+def test_targets_that_look_at_other_blocks_may_share_a_placement() -> None:
+    where, run = place(torch.tensor([3]), torch.tensor([[-1, 0, 0]]), 6), Target(build("llama"))
+    for way in ways("eager"):
+        run.compute_by(way)
+        run.run(torch.randn(1, 3, run.width, dtype=run.dtype), where, run.new_cache(1, 8))
+
+
+@torch.inference_mode()
 def test_what_a_family_hands_over_and_nobody_knows_is_refused_by_name() -> None:
     query = torch.randn(1, 4, 1, 8)
     mask = torch.zeros(1, 1, 1, 64)
