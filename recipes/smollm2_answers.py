@@ -1,7 +1,7 @@
 """Let SmolLM2 answer the prompts that its adapter learns from: chats' and tasks about passages of books.
 
     python recipes/smollm2_answers.py --chats chat_open.jsonl.gz --books books_public_domain.jsonl.gz \\
-        --without smollm2_answers.jsonl.gz --output runs/answers.jsonl
+        --without smollm2_answers.jsonl.gz --output runs/answers.jsonl [--shortest 420 --longest 1400]
 
 Most answers are greedy, the others sampled. A run that was stopped goes on where it stopped; the prompts come in an
 order of their own, so that any beginning of the file is as mixed as the whole.
@@ -38,10 +38,10 @@ PROMPTS = {
     "books": 1800,
 }
 """How many are taken of each source."""
-LONGEST, MAX_TOKENS = 420, 200
-"""Tokens of a prompt and of an answer."""
-PASSAGE = (60, 320)
-"""Tokens of a passage of a book."""
+MAX_TOKENS = 200
+"""Tokens of an answer."""
+PASSAGE = (60, 0.76)
+"""Tokens of a passage of a book: from so many to this share of the longest prompt's."""
 SAMPLED, TEMPERATURE = 0.4, 0.8
 """The share of answers that are sampled."""
 TASKS = (
@@ -56,7 +56,8 @@ TASKS = (
     "Translate into German: {}",
     "Make a list of the main points of this passage.\n\n{}",
 )
-SEED, ROWS, REFILL, ALIKE = 7, 96, 12, 1200
+SEED, REFILL, ALIKE, AT_ONCE = 7, 12, 300, 60_000
+"""Rows of answers are as many as have AT_ONCE tokens together."""
 
 
 def main() -> None:
@@ -65,18 +66,21 @@ def main() -> None:
     for name in ("chats", "books", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--without", type=Path, nargs="*", default=[], help="leave out the prompts answered there")
+    parser.add_argument("--shortest", type=int, default=0, help="tokens of a prompt, at least")
+    parser.add_argument("--longest", type=int, default=420, help="and at most")
     options = parser.parse_args()
+    lengths = range(options.shortest, options.longest + 1)
     folder = smollm2()
     model, tokenizer = load_model(folder, torch.bfloat16), Tokenizer(load_tokenizer(folder))
     answered = (document for path in options.without for document in read_documents(path))
     taken = {document.messages[0]["content"] for document in answered if document.messages}
-    asked = choose_prompts(options.chats, options.books, frozenset(taken), tokenizer)
+    asked = choose_prompts(options.chats, options.books, frozenset(taken), tokenizer, lengths)
     known = {json.loads(line)["number"] for line in options.output.open()} if options.output.is_file() else set[int]()
     todo = [(number, row) for number, row in enumerate(asked) if number not in known]
     began, written = time.perf_counter(), 0
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a", encoding="utf-8") as file:
-        for number, tokens in answer(Target(model), tokenizer, todo, end_tokens(model)):
+        for number, tokens in answer(Target(model), tokenizer, todo, end_tokens(model), options.longest):
             said = {"role": "assistant", "content": tokenizer.decode(tokens).strip()}
             row = {"number": number, **asked[number], "messages": [*asked[number]["messages"], said]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -86,7 +90,9 @@ def main() -> None:
             print(f"{number} {len(tokens)} tokens; {written} in all, {rate:.0f} tokens/s", flush=True)
 
 
-def choose_prompts(chats: Path, books: Path, taken: frozenset[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def choose_prompts(
+    chats: Path, books: Path, taken: frozenset[str], tokenizer: Tokenizer, lengths: range
+) -> list[dict[str, Any]]:
     """Rows without their answers, shuffled: source, temperature, messages."""
     draw = random.Random(SEED)
     by_source: dict[str, list[list[dict[str, str]]]] = {source: [] for source in PROMPTS}
@@ -100,42 +106,45 @@ def choose_prompts(chats: Path, books: Path, taken: frozenset[str], tokenizer: T
             seen.add(key)
             by_source[document.source].append(messages[:end])
     passages = [document.text for document in read_documents(books)]
-    by_source["books"] = [[{"role": "user", "content": task}] for task in about_books(passages, tokenizer, draw)]
+    by_source["books"] = [
+        [{"role": "user", "content": task}] for task in about_books(passages, tokenizer, lengths, draw)
+    ]
     rows = []
     for source, number in PROMPTS.items():
-        fitting = (m for m in draw.sample(by_source[source], len(by_source[source])) if fits(m, tokenizer))
+        shuffled = draw.sample(by_source[source], len(by_source[source]))
+        fitting = (messages for messages in shuffled if len(tokenizer.encode(messages)) in lengths)
         rows += [{"source": source, "messages": messages} for messages, _ in zip(fitting, range(number), strict=False)]
     draw.shuffle(rows)
     return [{"temperature": TEMPERATURE if draw.random() < SAMPLED else 0.0, **row} for row in rows]
 
 
-def fits(messages: list[dict[str, str]], tokenizer: Tokenizer) -> bool:
-    """Whether a prompt is short enough."""
-    return len(tokenizer.encode(messages)) <= LONGEST
-
-
-def about_books(passages: Sequence[str], tokenizer: Tokenizer, draw: random.Random) -> Iterator[str]:
+def about_books(passages: Sequence[str], tokenizer: Tokenizer, lengths: range, draw: random.Random) -> Iterator[str]:
     """Tasks about passages."""
+    shortest, share = PASSAGE
     for text in draw.sample(passages, min(len(passages), PROMPTS["books"])):
         ids = tokenizer.encode(text)
         begin = draw.randrange(max(1, len(ids) // 2))
-        passage = tokenizer.decode(ids[begin : begin + draw.randint(*PASSAGE)]).strip()
+        passage = tokenizer.decode(
+            ids[begin : begin + draw.randint(max(shortest, lengths[0]), int(share * lengths[-1]))]
+        ).strip()
         yield draw.choice(TASKS).format(passage)
 
 
 def answer(
-    target: Target, tokenizer: Tokenizer, asked: Sequence[tuple[int, dict[str, Any]]], eos: Sequence[int]
+    target: Target, tokenizer: Tokenizer, asked: Sequence[tuple[int, dict[str, Any]]], eos: Sequence[int], longest: int
 ) -> Iterator[tuple[int, list[int]]]:
     """(number, tokens of the answer) as answers are finished; rows that are done take the next prompts."""
     for begin in range(0, len(asked), ALIKE):
         part = asked[begin : begin + ALIKE]
         # Noise is made for whole batches, so that sampled rows have batches of their own.
         for hot in (False, True):
-            yield from _answer(target, tokenizer, [row for row in part if (row[1]["temperature"] > 0) == hot], eos)
+            yield from _answer(
+                target, tokenizer, [row for row in part if (row[1]["temperature"] > 0) == hot], eos, longest
+            )
 
 
 def _answer(
-    target: Target, tokenizer: Tokenizer, asked: Sequence[tuple[int, dict[str, Any]]], eos: Sequence[int]
+    target: Target, tokenizer: Tokenizer, asked: Sequence[tuple[int, dict[str, Any]]], eos: Sequence[int], longest: int
 ) -> Iterator[tuple[int, list[int]]]:
     waiting = []
     for number, row in asked:
@@ -144,10 +153,11 @@ def _answer(
     # Prompts of like length side by side: a pass attends to as much as its longest row.
     waiting.sort(key=lambda w: -len(w[1].prompt))
     drafter = NoDrafter()
+    capacity = longest + MAX_TOKENS
     while waiting:  # anew now and then, as rows never shrink
-        first = [waiting.pop() for _ in range(min(ROWS, len(waiting)))]
+        first = [waiting.pop() for _ in range(min(AT_ONCE // capacity, len(waiting)))]
         numbers, texts = [n for n, _ in first], [list[int]() for _ in first]
-        state = start(target, drafter, [r for _, r in first], eos=eos, capacity=LONGEST + MAX_TOKENS)
+        state = start(target, drafter, [r for _, r in first], eos=eos, capacity=capacity)
         open_rows = set(range(len(first)))
         while open_rows:
             done = step(target, drafter, state)

@@ -1,17 +1,19 @@
 """Choose what SmolLM2's adapter learns from among the model's own answers, and hold some prompts out for good.
 
     python recipes/smollm2_texts.py smollm2_answers.jsonl.gz runs/answers.jsonl --held-out runs/dev.jsonl \\
-        --output runs/texts.jsonl [--chats chat_open.jsonl.gz]
+        --output runs/texts.jsonl [--chats chat_open.jsonl.gz] [--books books_public_domain.jsonl.gz]
 
 Held out are prompts of the first file. Of the rest, answers that go round in circles are mostly left out (a model of
 this size often does, and little is to be learnt there), and so are half of those with a long prompt: a step pays for
 every token, and learns from the answer's. With `--chats`, for a longer run, nothing is left out, and conversations that
-the model has not written are mixed in: what it writes itself is soon learnt by heart.
+the model has not written are mixed in: what it writes itself is soon learnt by heart. With `--books` prose is mixed in
+too. What quotes a prompt held out is not.
 """
 
 import argparse
 import json
 import random
+import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,18 @@ DENSE, CIRCULAR = 0.58, 0.5
 """The answer's share of a document's tokens; the share of its runs of four tokens that are not repeated."""
 KEPT = {"dense": 1.0, "long": 0.5, "circular": 0.4}
 CHATS = {
-    "gpteacher_codegen": 900,
-    "gpteacher_roleplay": 700,
-    "gsm8k_train": 700,
-    "flan_cot": 600,
-    "sgd_train": 350,
-    "arena_hard_v01": 900,
-    "qmsum_train": 200,
+    "gpteacher_codegen": 4000,
+    "gpteacher_roleplay": 1900,
+    "gsm8k_train": 7000,
+    "flan_cot": 10000,
+    "sgd_train": 3500,
+    "arena_hard_v01": 2200,
+    "qmsum_train": 830,
 }
 """Conversations of each source that are mixed in, of so many tokens:"""
-CHAT_LENGTHS = (60, 900)
+CHAT_LENGTHS = (60, 2000)
+BOOKS = 1600
+"""Passages of books that are mixed in, each about a thousand tokens of plain text."""
 
 
 def main() -> None:
@@ -46,7 +50,8 @@ def main() -> None:
     parser.add_argument("answers", type=Path, nargs="+")
     for name in ("held-out", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--chats", type=Path)
+    for name in ("chats", "books"):
+        parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_args()
     files = [[{"source": d.source, "messages": d.messages} for d in read_documents(path)] for path in options.answers]
     asked = list(dict.fromkeys(row["messages"][0]["content"] for row in files[0]))
@@ -59,7 +64,12 @@ def main() -> None:
     if options.chats is None:
         chosen = [row for row in rows if draw.random() < KEPT.get(kind_of(row, tokenizer), 0)]
     else:
-        chosen = [*rows, *choose_chats(options.chats, held, tokenizer, draw)]
+        others = choose_chats(options.chats, held, tokenizer, draw)
+        if options.books is not None:
+            passages = [{"source": d.source, "text": d.text} for d in read_documents(options.books)]
+            others += draw.sample(passages, BOOKS)
+        known = set().union(*map(runs_of_words, held))
+        chosen = [*rows, *(row for row in others if known.isdisjoint(runs_of_words(_text(row))))]
         draw.shuffle(chosen)
     _write(options.output, chosen)
 
@@ -78,6 +88,12 @@ def choose_chats(path: Path, held: Container[str], tokenizer: Tokenizer, draw: r
     return chosen
 
 
+def runs_of_words(text: str, length: int = 12) -> set[tuple[str, ...]]:
+    """What two texts share if one of them quotes the other."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
 def kind_of(row: dict[str, Any], tokenizer: Tokenizer) -> str:
     """One of KEPT, or "short": next to nothing to learn from within a row of training."""
     prompt, answer = len(tokenizer.encode(row["messages"][:-1])), tokenizer.encode(row["messages"][-1]["content"])
@@ -87,6 +103,10 @@ def kind_of(row: dict[str, Any], tokenizer: Tokenizer) -> str:
     if len(runs) < CIRCULAR * (len(answer) - 3):
         return "circular"
     return "dense" if len(answer) > DENSE * (len(answer) + prompt) else "long"
+
+
+def _text(row: dict[str, Any]) -> str:
+    return str(row["text"]) if "text" in row else "\n".join(m["content"] for m in row["messages"])
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

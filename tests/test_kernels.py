@@ -31,7 +31,7 @@ from runs import PROMPTS, generate_ids
 from tiny import EXIT, build, make_adapter
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
-CPU = torch.device("cpu")
+CPU, FILLED = torch.device("cpu"), 100
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -51,14 +51,16 @@ def model(family: str, dtype: torch.dtype, **changes: Any) -> Any:
     return build(family, **(sizes | changes)).to(dtype)
 
 
-@pytest.fixture(params=[None, "avx512bf16", "avx512f"])
+@pytest.fixture(params=[None, "amx_bf16", "avx512_bf16", "avx512f"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Kernels]]:
     """Compiled for this processor, and as for one without some of its instructions."""
     lacking = request.param
     if lacking:
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        facts = Path("/proc/cpuinfo")
+        if not facts.is_file() or lacking not in facts.read_text():
             pytest.skip("this processor has no more to do without")
-        monkeypatch.setattr(kangaroo.kernels, "_FLAGS", [*kangaroo.kernels._FLAGS, f"-mno-{lacking}"])
+        option = "-mno-" + lacking.replace("512_", "512").replace("_", "-")
+        monkeypatch.setattr(kangaroo.kernels, "_FLAGS", [*kangaroo.kernels._FLAGS, option])
         kangaroo.kernels._compiled.cache_clear()
     yield Kernels
     if lacking:
@@ -69,8 +71,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @torch.inference_mode()
 def test_a_product_gives_a_row_the_same_bits_in_any_company(kernels: type[Kernels], dtype: torch.dtype) -> None:
     compiled = kernels(dtype, CPU)
-    for outer, inner in ((250, 577), (32, 64), (7, 1)):
-        weight, bias, x = (torch.randn(*size).to(dtype) for size in ((outer, inner), (outer,), (2, 21, inner)))
+    for outer, inner in ((250, 577), (250, 576), (32, 64), (7, 1)):
+        weight, bias, x = (torch.randn(*size).to(dtype) for size in ((outer, inner), (outer,), (2, 41, inner)))
         for given in (None, bias):
             product = compiled.pack(weight, given)
             exact = x.double() @ weight.double().T + (0 if given is None else given.double())
@@ -78,14 +80,15 @@ def test_a_product_gives_a_row_the_same_bits_in_any_company(kernels: type[Kernel
             assert ((got - exact).abs() <= 64 * torch.finfo(dtype).eps * exact.abs().clamp_min(inner**0.5)).all()
             alone = torch.cat([product(row[None]) for row in x.flatten(0, 1)])
             assert torch.equal(alone.view_as(got), got)
-            for rows in range(2, 21):
+            for rows in range(2, 41):
                 assert torch.equal(product(x[1, :rows]), got[1, :rows])
         assert torch.equal(product.dense(), weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_the_number_of_threads_changes_no_bit() -> None:
-    product, x = Kernels(torch.float32, CPU).pack(torch.randn(500, 96), None), torch.randn(5, 96)
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    product, x = Kernels(dtype, CPU).pack(torch.randn(500, 96).to(dtype), None), torch.randn(5, 96).to(dtype)
     got = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -104,6 +107,9 @@ def placements(run: Target) -> Iterator[tuple[int, Placement]]:
     yield 3, place_chain(torch.tensor([20, 7, 13]), 5, 25)
     yield 2, place(torch.tensor([9, 20]), torch.tensor([[-1, 0, 0, 1, 2]] * 2), 25)
     yield 2, place_at(torch.arange(4, 24).expand(2, 20), 24, start=4, prompt=True)
+    yield 2, place_chain(torch.tensor([91, 33]), 9, FILLED)
+    yield 2, place(torch.tensor([70, 95]), torch.tensor([[-1, 0, 0, 1, 2]] * 2), FILLED)
+    yield 1, place_at(torch.arange(40, FILLED)[None], FILLED, start=40, prompt=True)
     yield 1, place_at(torch.arange(6, 9)[None], 9, rows=torch.tensor([2]))
 
 
@@ -121,12 +127,12 @@ def test_a_compiled_layer_is_the_layer_but_for_rounding(
         held, got = 3 if where.rows is not None else batch, []
         x = torch.randn(batch, where.positions.shape[1], run.width, dtype=torch.float64)
         for one in (plain, native, run):
-            cache, random = one.new_cache(held, 64), torch.Generator().manual_seed(0)
+            cache, random = one.new_cache(held, 128), torch.Generator().manual_seed(0)
             for tensor in (tensor for _, *pair in cache._storage for tensor in pair):
-                sizes = (*tensor.shape[:3], 25, tensor.shape[-1])
-                tensor[:, :, :, :25] = torch.randn(sizes, generator=random, dtype=torch.float64)
+                sizes = (*tensor.shape[:3], FILLED, tensor.shape[-1])
+                tensor[:, :, :, :FILLED] = torch.randn(sizes, generator=random, dtype=torch.float64)
             done, _ = one.run(x.to(one.dtype), where, cache)
-            got.append([done.double(), *(side.double() for pair in cache.visible(25).values() for side in pair)])
+            got.append([done.double(), *(side.double() for pair in cache.visible(FILLED).values() for side in pair)])
         for exact, theirs, ours in zip(*got, strict=True):
             bound = 1.5 * (theirs - exact).norm() + torch.finfo(dtype).eps * exact.norm()
             assert (ours - exact).norm() < bound

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 20_000_000
 SHIPPED = (
     *("kangaroo/demo/adapter/adapter.safetensors", "kangaroo/demo/prompts.jsonl"),
-    *("kangaroo/kernels.cpp", "kangaroo/py.typed"),
+    *("kangaroo/kernels.cpp", "kangaroo/products.h", "kangaroo/py.typed"),
 )
 
 

@@ -1,218 +1,11 @@
-// Linears and whole layers of Llama's kind for CPUs, in one order of additions whatever else is computed with a row.
+// Whole layers of Llama's kind for CPUs, in one order of additions whatever else is computed with a row.
 //
-// Weights are read once, from start to end, in panels: for one panel of results, all terms, a vector of results at a
-// time. Every result is one chain of fused multiply-adds over the terms, in their order, in single precision; a
-// processor with instructions for pairs of bfloat16 (AVX512-BF16) takes a pair of terms at a time, and its inputs
-// rounded to bfloat16. Neither the number of rows, nor the place of a row among them, nor the number of threads is part
-// of that, so a token gets the same bits in every pass. Attention goes through what a token sees in the order of
-// positions, and through nothing else, so that the extent of a cache and the shape of a draft are no part of it either.
+// Attention goes through what a token sees in the order of positions, and through nothing else, so that the extent of a
+// cache and the shape of a draft are no part of it.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "products.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TILE = 8;  // TILE rows of two vectors of results fit the registers
-#elif defined(__aarch64__)
-constexpr int LANES = 4, TILE = 8;
-#else
-constexpr int LANES = 8, TILE = 4;
-#endif
-constexpr int PANEL = 2 * LANES;
-
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint16_t Bfloat;
-#if defined(__AVX512BF16__)
-template <class T> using Input = T;  // what a product takes, for weights of type T
-#else
-template <class T> using Input = float;
-#endif
-
-inline Floats spread(float x) { return x - Floats{}; }
-inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // contracted: see the compiler's options
-
-inline float widen(float x) { return x; }
-inline float widen(Bfloat x) {
-    uint32_t word = uint32_t(x) << 16;
-    float wide;
-    memcpy(&wide, &word, 4);
-    return wide;
-}
-inline void narrow(float x, float *to) { *to = x; }
-inline void narrow(float x, Bfloat *to) {
-    uint32_t word;
-    memcpy(&word, &x, 4);
-    *to = x != x ? 0x7fc0 : (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // to the nearest, ties to even
-}
-inline Floats load(const float *from) { return *(const Floats *)from; }
-inline Floats load(const Bfloat *from) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
-#else
-    return (Floats)(__builtin_convertvector(*(const Halves *)from, Words) << 16);
-#endif
-}
-inline void store(Floats x, float *to) { *(Floats *)to = x; }
-
-inline float total(Floats x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float sums[LANES];
-    store(x, sums);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
-    return sums[0];
-#endif
-}
-
-template <class T> inline float dot(const T *a, const float *b, long size) {
-    Floats sum = {};
-    for (long d = 0; d < size; d += LANES) sum = fma(load(a + d), load(b + d), sum);
-    return total(sum);
-}
-#if defined(__AVX512BF16__)
-inline float dot(const Bfloat *a, const Bfloat *b, long size) {
-    Floats sum = {};
-    for (long d = 0; d < size; d += 2 * LANES) {
-        __mmask32 there = size - d < 2 * LANES ? 0xffffu : 0xffffffffu;
-        __m512i left = _mm512_maskz_loadu_epi16(there, a + d), right = _mm512_maskz_loadu_epi16(there, b + d);
-        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
-    }
-    return total(sum);
-}
-#endif
-
-// e^x after Cephes' expf: 2^n e^r with |r| <= ln 2 / 2; what underflows is zero.
-inline Floats exponential(Floats x) {
-    const Floats low = spread(-87.3f), high = spread(88.3f);
-    Ints underflow = x < low;
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    Floats scaled = fma(x, spread(1.44269504f), spread(12582912.0f));  // rounds to an integer in the last bits
-    Floats whole = scaled - 12582912.0f;
-    Floats rest = fma(whole, spread(-0.693359375f), x);
-    rest = fma(whole, spread(2.12194440e-4f), rest);
-    Floats series = spread(1.9875691500e-4f);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        series = fma(series, rest, spread(next));
-    series = fma(series, rest * rest, rest + 1.0f);
-    Ints power = (__builtin_convertvector(whole, Ints) + 127) << 23;
-    Floats made = series * (Floats)power;
-    return underflow ? Floats{} : made;
-}
-
-// Asks for the weights of a step to come. One or two rows only wait for memory, of which a processor asks best by itself
-// (Zen 4 does). Many rows keep it so busy that it asks too late, and a far look into the second-level cache evens that
-// out; where memory is the bound, such requests reach two thirds of its speed only.
-template <int ROWS, class T> inline void foresee(const T *w) {
-    constexpr int STEP = PANEL * sizeof(float) / sizeof(T), FEW = 2, MANY = 6;
-    if constexpr (ROWS >= MANY) {
-        __builtin_prefetch(w + 128 * STEP, 0, 2);
-        __builtin_prefetch(w + 128 * STEP + STEP / 2, 0, 2);
-    } else if constexpr (ROWS > FEW) {
-        __builtin_prefetch(w + 64 * STEP);
-        __builtin_prefetch(w + 64 * STEP + STEP / 2);
-    }
-}
-
-// Two vectors of weights of one term (float32), or four of two terms (bfloat16, whose pairs lie side by side).
-template <int ROWS> inline void panel(const float *x, long inner, const float *w, Floats (*sums)[2]) {
-    for (long k = 0; k < inner; k++, w += PANEL) {
-        foresee<ROWS>(w);
-        Floats first = load(w), second = load(w + LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            Floats term = spread(x[r * inner + k]);
-            sums[r][0] = fma(first, term, sums[r][0]);
-            sums[r][1] = fma(second, term, sums[r][1]);
-        }
-    }
-}
-#if defined(__AVX512BF16__)
-template <int ROWS> inline void panel(const Bfloat *x, long inner, const Bfloat *w, Floats (*sums)[2]) {
-    for (long k = 0; k < inner; k += 2, w += 2 * PANEL) {
-        foresee<ROWS>(w);
-        __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + PANEL);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            int32_t both;
-            memcpy(&both, x + r * inner + k, sizeof both);
-            __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
-            sums[r][0] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][0], first, pair);
-            sums[r][1] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][1], second, pair);
-        }
-    }
-}
-#else
-template <int ROWS> inline void panel(const float *x, long inner, const Bfloat *w, Floats (*sums)[2]) {
-    for (long k = 0; k < inner; k += 2, w += 2 * PANEL) {
-        foresee<ROWS>(w);
-        Words left = *(const Words *)w, right = *(const Words *)(w + PANEL);
-        Floats weights[2][2] = {{(Floats)(left << 16), (Floats)(right << 16)},
-                                {(Floats)(left & 0xffff0000u), (Floats)(right & 0xffff0000u)}};
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++)
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                Floats term = spread(x[r * inner + k + half]);
-                sums[r][0] = fma(weights[half][0], term, sums[r][0]);
-                sums[r][1] = fma(weights[half][1], term, sums[r][1]);
-            }
-    }
-}
-#endif
-
-struct Linear {
-    const void *weight, *bias;
-    int64_t inner, outer;  // inner as stored: even for bfloat16
-};
-
-// Rows of x [ROWS, inner] times one panel of weights -> results from column `at` on of y [ROWS, outer].
-template <int ROWS, class T, class Y>
-inline void tile(const Input<T> *x, long inner, const T *w, const T *bias, long at, long outer, Y *y) {
-    Floats sums[ROWS][2] = {};
-    panel<ROWS>(x, inner, w, sums);
-    long count = outer - at < PANEL ? outer - at : PANEL;
-    for (int r = 0; r < ROWS; r++) {
-        float row[PANEL];
-        store(sums[r][0], row);
-        store(sums[r][1], row + LANES);
-        for (long i = 0; bias && i < count; i++) row[i] += widen(bias[at + i]);
-        Y whole[PANEL], *to = y + r * outer + at;
-        for (int i = 0; i < PANEL; i++) narrow(row[i], whole + i);
-        count == PANEL ? memcpy(to, whole, sizeof whole) : memcpy(to, whole, count * sizeof *to);
-    }
-}
-
-// The first ROWS of the rows, or all if there are fewer.
-template <int ROWS, class T, class Y>
-inline void tiles(long rows, const Input<T> *x, long inner, const T *w, const T *bias, long at, long outer, Y *y) {
-    if constexpr (ROWS > 1)
-        if (rows < ROWS) return tiles<ROWS - 1>(rows, x, inner, w, bias, at, outer, y);
-    tile<ROWS>(x, inner, w, bias, at, outer, y);
-}
-
-// x [rows, inner] times weights [outer, inner] in panels -> y [rows, outer]; an odd `inner` is filled up in bfloat16.
-template <class T, class Y> void multiply(const Input<T> *x, const Linear &by, long rows, Y *y, int threads) {
-    const long inner = by.inner, outer = by.outer, panels = (outer + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long p = 0; p < panels; p++) {
-        const T *part = (const T *)by.weight + p * PANEL * inner;
-        for (long r = 0; r < rows; r += TILE)
-            tiles<TILE>(rows - r, x + r * inner, inner, part, (const T *)by.bias, p * PANEL, outer, y + r * outer);
-    }
-}
 
 struct Layer {
     const void *norm_in, *norm_mid;
@@ -232,9 +25,12 @@ struct View {
 template <class T>
 void normalise(const float *x, const T *weight, float epsilon, long rows, long width, float *y) {
     for (long r = 0; r < rows; r++, x += width, y += width) {
-        double squares = 0;
-        for (long i = 0; i < width; i++) squares += double(x[i]) * x[i];
-        float factor = float(1.0 / std::sqrt(squares / width + epsilon));
+        double squares[8] = {}, sum = 0;  // eight chains of additions, as one would wait for itself
+        for (long i = 0; i < width / 8 * 8; i += 8)
+            for (int j = 0; j < 8; j++) squares[j] += double(x[i + j]) * x[i + j];
+        for (long i = width / 8 * 8; i < width; i++) sum += double(x[i]) * x[i];
+        for (double part : squares) sum += part;
+        float factor = float(1.0 / std::sqrt(sum / width + epsilon));
         for (long i = 0; i < width; i++) y[i] = x[i] * factor * widen(weight[i]);
     }
 }
@@ -247,9 +43,19 @@ template <class T> void rotate(float *x, const T *cos, const T *sin, long dim) {
     }
 }
 
+// Slots by the position of the token in them.
+typedef std::vector<int64_t> Slots;
+
+// A head of keys and values, and the `group` heads of queries that share it.
+template <class T> struct Head {
+    const T *keys, *values;
+    long slot, group, dim;  // numbers from one slot to the next
+    float scale;
+};
+
 // So many vectors of the values that a node sees, each times its weight, summed in the order of positions.
 template <int VECTORS, class T>
-inline void mix(const T *values, long stride, const std::vector<int64_t> &seen, const float *weights, float *out) {
+inline void mix(const T *values, long stride, const Slots &seen, const float *weights, float *out) {
     Floats sums[VECTORS] = {};
     for (size_t i = 0; i < seen.size(); i++) {
         const T *value = values + seen[i] * stride;
@@ -260,13 +66,11 @@ inline void mix(const T *values, long stride, const std::vector<int64_t> &seen, 
     for (int v = 0; v < VECTORS; v++) store(sums[v], out + v * LANES);
 }
 
-// One node, one head of keys and values, and the `group` heads of queries that share it.
-template <class T>
-void attend(const float *queries, const T *keys, const T *values, const std::vector<int64_t> &seen, long stride,
-            long group, long dim, float scale, float *out) {
+// The queries of one node [group, dim] -> what they take of the values [group, dim].
+template <class T> void attend(const Head<T> &head, const float *queries, const Slots &seen, float *out) {
     static thread_local std::vector<float> room;
     static thread_local std::vector<Input<T>> rounded;
-    long count = seen.size(), padded = (count + LANES - 1) / LANES * LANES;
+    const long count = seen.size(), padded = (count + LANES - 1) / LANES * LANES, group = head.group, dim = head.dim;
     room.assign(group * padded, -INFINITY);
     rounded.resize(group * dim);
     float *scores = room.data();
@@ -274,7 +78,7 @@ void attend(const float *queries, const T *keys, const T *values, const std::vec
     for (long d = 0; d < group * dim; d++) narrow(queries[d], asked + d);
     for (long i = 0; i < count; i++)
         for (long g = 0; g < group; g++)
-            scores[g * padded + i] = dot(keys + seen[i] * stride, asked + g * dim, dim) * scale;
+            scores[g * padded + i] = dot(head.keys + seen[i] * head.slot, asked + g * dim, dim) * head.scale;
     for (long g = 0; g < group; g++) {
         float *weights = scores + g * padded, best = -INFINITY;
         for (long i = 0; i < count; i++) best = weights[i] > best ? weights[i] : best;
@@ -287,15 +91,133 @@ void attend(const float *queries, const T *keys, const T *values, const std::vec
         float share = 1.0f / total(sums);
         for (long i = 0; i < count; i++) weights[i] *= share;
         long d = 0;
-        for (; d + 4 * LANES <= dim; d += 4 * LANES) mix<4>(values + d, stride, seen, weights, out + g * dim + d);
-        for (; d < dim; d += LANES) mix<1>(values + d, stride, seen, weights, out + g * dim + d);
+        for (; d + 4 * LANES <= dim; d += 4 * LANES) mix<4>(head.values + d, head.slot, seen, weights, out + g * dim + d);
+        for (; d < dim; d += LANES) mix<1>(head.values + d, head.slot, seen, weights, out + g * dim + d);
     }
 }
 
-template <class T> std::vector<int64_t> visible(const View &view, long row) {
+#if defined(MATRIX_UNITS)
+bool fits(long group, long dim) { return group <= BLOCK && dim % TERMS == 0 && has_matrix_units(); }
+
+// Queries as columns [dim / 2, width, 2], keys that are seen as rows -> their products [seen, width], BLOCK keys at a time.
+void score(const Head<Bfloat> &head, const Bfloat *queries, long width, const Slots &seen, float *products) {
+    static thread_local std::vector<Bfloat> gathered;
+    const long count = seen.size(), dim = head.dim;
+    gathered.resize(BLOCK * dim);
+    for (long i = 0; i < count; i += BLOCK) {
+        const Bfloat *keys = head.keys + seen[i] * head.slot;
+        long apart = head.slot;
+        if (i + BLOCK > count || seen[i + BLOCK - 1] - seen[i] != BLOCK - 1) {
+            for (long j = 0; j < BLOCK; j++)  // past the last there is nothing to be read
+                memcpy(&gathered[j * dim], head.keys + seen[i + j < count ? i + j : i] * head.slot, dim * sizeof *keys);
+            keys = gathered.data(), apart = dim;
+        }
+        _tile_zero(0);
+        for (long d = 0; d < dim; d += TERMS) {
+            _tile_loadd(1, keys + d, apart * sizeof *keys);
+            _tile_loadd(2, queries + d * width, 4 * width);
+            _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, products + i * width, 4 * width);
+    }
+}
+
+// A column of products [count, width] -> weights rounded to bfloat16, zero from `count` on; and the sum of them all.
+float weigh(const float *products, long width, long count, long padded, float scale, Bfloat *weights) {
+    static thread_local std::vector<float> scores;
+    scores.resize(padded);
+    const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                              _mm512_set1_epi32(width));
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    __m512 best = nothing;
+    for (long i = 0; i < padded; i += LANES) {
+        __mmask16 there = count - i >= LANES ? 0xffff : count > i ? (1 << (count - i)) - 1 : 0;
+        __m512 some = _mm512_mask_i32gather_ps(nothing, there, column, products + i * width, 4);
+        some = _mm512_mul_ps(some, _mm512_set1_ps(scale));
+        best = _mm512_max_ps(best, some);
+        _mm512_storeu_ps(&scores[i], some);
+    }
+    const float highest = _mm512_reduce_max_ps(best);
+    Floats sums = {};
+    for (long i = 0; i < padded; i += LANES) {
+        Floats weight = exponential(load(&scores[i]) - highest);
+        sums += weight;
+        _mm256_storeu_si256((__m256i *)(weights + i), (__m256i)_mm512_cvtneps_pbh((__m512)weight));
+    }
+    return total(sums);
+}
+
+// Of TERMS tokens from the i-th on, TERMS of their values: those of two tokens side by side, in two tiles.
+inline void pair(const Bfloat *values, const Slots &seen, long i, long stride, Bfloat *to) {
+    const __m512i left = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                          36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i right = _mm512_add_epi16(left, _mm512_set1_epi16(LANES)), none = _mm512_setzero_si512();
+    for (long j = 0, count = seen.size() - i; j < TERMS; j += 2) {
+        __m512i even = j < count ? _mm512_loadu_si512(values + seen[i + j] * stride) : none;
+        __m512i odd = j + 1 < count ? _mm512_loadu_si512(values + seen[i + j + 1] * stride) : none;
+        _mm512_storeu_si512(to + j * LANES, _mm512_permutex2var_epi16(even, left, odd));
+        _mm512_storeu_si512(to + (TERMS + j) * LANES, _mm512_permutex2var_epi16(even, right, odd));
+    }
+}
+
+// `attend` for nodes of which each sees what the one before it sees, and more: they share what is read. Weights are
+// rounded to bfloat16 before they are divided by their sum. Nodes' queries and results lie so many numbers apart.
+void attend_together(const Head<Bfloat> &head, const float *queries, long asked, const Slots *seen, long nodes, float *out,
+                     long given) {
+    static thread_local std::vector<Bfloat> columns, weights;
+    static thread_local std::vector<float> products;
+    const long group = head.group, dim = head.dim, width = nodes * group;
+    const long count = seen[nodes - 1].size(), padded = (count + TERMS - 1) / TERMS * TERMS;
+    columns.resize(width * dim);
+    products.resize(padded * width);
+    weights.resize(width * padded);
+    for (long q = 0; q < width; q++)
+        for (long d = 0; d < dim; d++)
+            narrow(queries[q / group * asked + q % group * dim + d], &columns[(d / 2 * width + q) * 2 + d % 2]);
+    const Shape full = {BLOCK, 64}, thin = {BLOCK, 4 * width}, few = {width, 64};
+    Tiles tiles({thin, full, thin, few, full, full, few, few});
+    score(head, columns.data(), width, seen[nodes - 1], products.data());
+    float shares[BLOCK];
+    for (long q = 0; q < width; q++)
+        shares[q] = 1 / weigh(&products[q], width, seen[q / group].size(), padded, head.scale, &weights[q * padded]);
+    alignas(64) Bfloat pairs[2 * TERMS * LANES];
+    alignas(64) float mixed[BLOCK * TERMS];
+    for (long d = 0; d < dim; d += TERMS) {
+        _tile_zero(6);
+        _tile_zero(7);
+        for (long i = 0; i < count; i += TERMS) {
+            pair(head.values + d, seen[nodes - 1], i, head.slot, pairs);
+            _tile_loadd(3, &weights[i], padded * sizeof(Bfloat));
+            _tile_loadd(4, pairs, 64);
+            _tile_loadd(5, pairs + TERMS * LANES, 64);
+            _tile_dpbf16ps(6, 3, 4);
+            _tile_dpbf16ps(7, 3, 5);
+        }
+        _tile_stored(6, mixed, sizeof(float) * TERMS);
+        _tile_stored(7, mixed + LANES, sizeof(float) * TERMS);
+        for (long q = 0; q < width; q++)
+            for (long i = 0; i < TERMS; i++)
+                out[q / group * given + q % group * dim + d + i] = mixed[q * TERMS + i] * shares[q];
+    }
+}
+#endif
+
+// How many nodes, from the first of these slots on, are best computed together.
+template <class T> long together(const Slots *seen, long nodes, long group, long dim) {
+    long count = 1;
+#if defined(MATRIX_UNITS)
+    const bool can = std::is_same_v<T, Bfloat> && fits(group, dim);
+    while (can && count < nodes && (count + 1) * group <= BLOCK && seen[count].size() >= seen[count - 1].size() &&
+           std::equal(seen[count - 1].begin(), seen[count - 1].end(), seen[count].begin()))
+        count++;
+#endif
+    return count;
+}
+
+template <class T> Slots visible(const View &view, long row) {
     const T *mask = (const T *)view.mask + row * view.extent;
     const int64_t *path = view.paths ? view.paths + row * view.extent : nullptr;
-    std::vector<int64_t> seen;
+    Slots seen;
     for (long s = 0; s < view.extent; s++)
         if (widen(mask[s]) == 0.0f) seen.push_back(path ? path[s] : s);
     return seen;
@@ -332,14 +254,27 @@ template <class T> void layer(const Layer &one, const View &view, const T *x, T 
             }
         }
     }
-    std::vector<std::vector<int64_t>> seen(rows);
+    std::vector<Slots> seen(rows);
     for (long r = 0; r < rows; r++) seen[r] = visible<T>(view, r);
+    std::vector<long> starts;
+    for (long r = 0; r < rows; r += together<T>(&seen[r], view.nodes - r % view.nodes, group, dim)) starts.push_back(r);
+    starts.push_back(rows);
+    const long asked = heads * dim, given = one.heads * dim, tasks = (starts.size() - 1) * one.stores;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long task = 0; task < rows * one.stores; task++) {
-        long r = task / one.stores, h = task % one.stores;
-        long row = view.rows ? view.rows[r / view.nodes] : r / view.nodes, from = row * view.row + h * view.head;
-        attend(&turned[(r * heads + h * group) * dim], keys + from, values + from, seen[r], view.slot, group, dim,
-               float(one.scale), &taken[(r * one.heads + h * group) * dim]);
+    for (long task = 0; task < tasks; task++) {
+        long first = starts[task / one.stores], last = starts[task / one.stores + 1], h = task % one.stores;
+        long row = view.rows ? view.rows[first / view.nodes] : first / view.nodes, from = row * view.row + h * view.head;
+        const Head<T> head = {keys + from, values + from, view.slot, group, dim, float(one.scale)};
+        const float *queries = &turned[first * asked + h * group * dim];
+        float *out = &taken[first * given + h * group * dim];
+#if defined(MATRIX_UNITS)
+        if constexpr (std::is_same_v<T, Bfloat>)
+            if (fits(group, dim)) {
+                attend_together(head, queries, asked, &seen[first], last - first, out, given);
+                continue;
+            }
+#endif
+        attend(head, queries, seen[first], out);
     }
     apply<T>(one.write, taken.data(), rows, normed.data(), threads);
     for (long i = 0; i < rows * width; i++) state[i] += normed[i];

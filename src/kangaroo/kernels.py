@@ -1,7 +1,7 @@
 """Linears and layers compiled for this machine's processor, with which a row's bits do not depend on its company.
 
-The source beside this file is compiled once for each processor and compiler, and kept in the user's cache. It needs a
-C++ compiler, so it is asked for by name: `compile=True`.
+The sources beside this file are compiled once for each processor and compiler, and kept in the user's cache. That needs
+a C++ compiler, so it is asked for by name: `compile=True`.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from kangaroo.errors import ConfigError
 from kangaroo.files import cache_folder, write_atomically
 from kangaroo.machine import machine
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "products.h"))
 COMPILERS = ("c++", "g++", "clang++")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC"]
@@ -226,7 +226,8 @@ def _compiled() -> Path:
     compiler = _compiler()
     version = _run([compiler, "--version"]).stdout
     facts = machine()
-    made_of = [SOURCE.read_text(encoding="utf-8"), version, *_FLAGS, *_THREADS, facts["cpu"], facts["cpu_capability"]]
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    made_of = [*sources, version, *_FLAGS, *_THREADS, facts["cpu"], facts["cpu_capability"]]
     name = hashlib.sha256("\0".join(map(str, made_of)).encode()).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{name}.so"
     if not path.is_file():
@@ -244,7 +245,7 @@ def _compiler() -> str:
 
 
 def _compile(compiler: str, to: Path) -> None:
-    done = _run([compiler, *_FLAGS, *_THREADS, "-o", str(to), str(SOURCE)])
+    done = _run([compiler, *_FLAGS, *_THREADS, "-o", str(to), str(SOURCES[0])])
     if done.returncode or not to.is_file():
         lines = (
             [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["nothing"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lesson
@@ -13,6 +14,7 @@ from kangaroo.errors import CapacityError, DataError
 from kangaroo.model import Target
 from kangaroo.training.adapter import AdapterObjective
 from kangaroo.training.batches import learnt_positions
+from kangaroo.training.state_cache import Final
 
 MakeLesson = Callable[..., Lesson]
 Layers = list[tuple[int, int]]
@@ -56,6 +58,18 @@ def test_the_same_loss_without_the_deep_layers(make_lesson: MakeLesson, tmp_path
     for a, b, c in zip(wanted, first, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 1000])
+def test_counting_is_over_all_logits_and_takes_the_first_of_equals(vocabulary: int) -> None:
+    states = torch.randint(-3, 3, (300, vocabulary)).float()
+    as_they_are: Any = SimpleNamespace(norm=lambda x: x, logits=lambda x: x.clone())
+    final = Final(states).counted(as_they_are)
+    assert final.best is not None
+    assert final.normaliser is not None
+    torch.testing.assert_close(final.normaliser, states.logsumexp(-1))
+    first = (states == states.amax(-1, keepdim=True)).int().argmax(-1)
+    assert torch.equal(final.best, first)
 
 
 def test_a_row_has_its_states_wherever_it_stands(make_lesson: MakeLesson, tmp_path: Path, layers_run: Layers) -> None:

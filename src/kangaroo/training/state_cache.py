@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from kangaroo.errors import CapacityError, DataError, KangarooError
 from kangaroo.files import write_atomically
@@ -22,8 +23,9 @@ from kangaroo.model import Target
 from kangaroo.tensors import checksum
 from kangaroo.training import ranks
 from kangaroo.training.batches import Batch, place_documents
-from kangaroo.training.objective import LOGITS_AT_ONCE
 
+AT_ONCE = 128
+"""Positions whose logits are made at once: enough for a product to be fast, few enough for a processor's caches."""
 LAYOUT = b"states, normaliser, best"
 """What a file holds; files of another layout are not found."""
 
@@ -56,12 +58,21 @@ class Final:
     def counted(self, target: Target) -> "Final":
         """The same with normaliser and best."""
         sums, best = [], []
-        for states in torch.split(self.states, max(1, LOGITS_AT_ONCE // target.vocab_size)):
+        for states in torch.split(self.states, AT_ONCE):
             logits = target.logits(target.norm(states)).float()
-            sums.append(logits.logsumexp(-1))
-            best.append(logits.argmax(-1))
+            highest, where = _peak(logits)
+            sums.append(logits.sub_(highest[:, None]).exp_().sum(-1).log() + highest)
+            best.append(where)
         none = self.states.new_zeros(0)
         return Final(self.states, torch.cat(sums or [none.float()]), torch.cat(best or [none.long()]))
+
+
+def _peak(logits: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """(greatest [M], its first place [M]) of logits [M, V], as `max` has it; on CPUs, searching one block is faster."""
+    blocks = functional.pad(logits, (0, -logits.shape[1] % block), value=-math.inf).unflatten(1, (-1, block))
+    highest, where = blocks.amax(2).max(1)
+    rows = torch.arange(len(logits), device=logits.device)
+    return highest, where * block + blocks[rows, where].argmax(1)
 
 
 class StateCache:
