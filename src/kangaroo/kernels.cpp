@@ -22,17 +22,14 @@ struct View {
     int64_t row, head, slot;        // strides of keys and values, in elements
 };
 
-template <class T>
-void normalise(const float *x, const T *weight, float epsilon, long rows, long width, float *y) {
-    for (long r = 0; r < rows; r++, x += width, y += width) {
-        double squares[8] = {}, sum = 0;  // eight chains of additions, as one would wait for itself
-        for (long i = 0; i < width / 8 * 8; i += 8)
-            for (int j = 0; j < 8; j++) squares[j] += double(x[i + j]) * x[i + j];
-        for (long i = width / 8 * 8; i < width; i++) sum += double(x[i]) * x[i];
-        for (double part : squares) sum += part;
-        float factor = float(1.0 / std::sqrt(sum / width + epsilon));
-        for (long i = 0; i < width; i++) y[i] = x[i] * factor * widen(weight[i]);
-    }
+template <class T> void normalise(const float *x, const T *weight, float epsilon, long width, float *y) {
+    double squares[8] = {}, sum = 0;  // eight chains of additions, as one would wait for itself
+    for (long i = 0; i < width / 8 * 8; i += 8)
+        for (int j = 0; j < 8; j++) squares[j] += double(x[i + j]) * x[i + j];
+    for (long i = width / 8 * 8; i < width; i++) sum += double(x[i]) * x[i];
+    for (double part : squares) sum += part;
+    float factor = float(1.0 / std::sqrt(sum / width + epsilon));
+    for (long i = 0; i < width; i++) y[i] = x[i] * factor * widen(weight[i]);
 }
 
 template <class T> void rotate(float *x, const T *cos, const T *sin, long dim) {
@@ -227,46 +224,52 @@ template <class T> void apply(const Linear &linear, const float *x, long rows, f
     if constexpr (std::is_same_v<Input<T>, float>) {
         multiply<T>(x, linear, rows, y, threads);
     } else {
-        std::vector<Input<T>> taken(rows * linear.inner);
-        for (long i = 0; i < rows * linear.inner; i++) narrow(x[i], &taken[i]);
+        const long inner = linear.inner;
+        std::vector<Input<T>> taken(rows * inner);
+        each(rows, threads, [&](long r) {
+            for (long i = r * inner; i < (r + 1) * inner; i++) narrow(x[i], &taken[i]);
+        });
         multiply<T>(taken.data(), linear, rows, y, threads);
     }
 }
 
-template <class T> void layer(const Layer &one, const View &view, const T *x, T *y, T *keys, T *values) {
-    const long rows = view.batch * view.nodes, width = one.width, dim = one.dim;
-    const long group = one.heads / one.stores, heads = one.heads + 2 * one.stores;
-    const int threads = view.threads;
-    std::vector<float> state(rows * width), normed(rows * width), turned(rows * heads * dim), taken(rows * one.heads * dim);
-    for (long i = 0; i < rows * width; i++) state[i] = widen(x[i]);
-    normalise(state.data(), (const T *)one.norm_in, one.epsilon, rows, width, normed.data());
-    apply<T>(one.read, normed.data(), rows, turned.data(), threads);
-    for (long r = 0; r < rows; r++) {
-        float *own = &turned[r * heads * dim];
-        for (long h = 0; h < one.heads + one.stores; h++)
-            rotate(own + h * dim, (const T *)view.cos + r * dim, (const T *)view.sin + r * dim, dim);
-        long row = view.rows ? view.rows[r / view.nodes] : r / view.nodes;
-        for (long h = 0; h < one.stores; h++) {
-            long to = row * view.row + h * view.head + view.slots[r] * view.slot;
-            for (long d = 0; d < dim; d++) {
-                narrow(own[(one.heads + h) * dim + d], keys + to + d);
-                narrow(own[(one.heads + one.stores + h) * dim + d], values + to + d);
-            }
+// Queries and keys [heads, dim] of a row turned by its position; its keys and values stored.
+template <class T> void place(const Layer &one, const View &view, long r, float *own, T *keys, T *values) {
+    const long dim = one.dim, row = view.rows ? view.rows[r / view.nodes] : r / view.nodes;
+    for (long h = 0; h < one.heads + one.stores; h++)
+        rotate(own + h * dim, (const T *)view.cos + r * dim, (const T *)view.sin + r * dim, dim);
+    for (long h = 0; h < one.stores; h++) {
+        long to = row * view.row + h * view.head + view.slots[r] * view.slot;
+        for (long d = 0; d < dim; d++) {
+            narrow(own[(one.heads + h) * dim + d], keys + to + d);
+            narrow(own[(one.heads + one.stores + h) * dim + d], values + to + d);
         }
     }
+}
+
+// What all heads take [rows, heads, dim] for queries, keys and values [rows, heads + 2 stores, dim], from a row on.
+template <class T>
+void attention(const Layer &one, const View &view, long begin, long rows, const float *turned, const T *keys,
+               const T *values, float *taken) {
+    const long dim = one.dim, group = one.heads / one.stores;
+    const long asked = (one.heads + 2 * one.stores) * dim, given = one.heads * dim;
     std::vector<Slots> seen(rows);
-    for (long r = 0; r < rows; r++) seen[r] = visible<T>(view, r);
+    each(rows, view.threads, [&](long r) { seen[r] = visible<T>(view, begin + r); });
     std::vector<long> starts;
-    for (long r = 0; r < rows; r += together<T>(&seen[r], view.nodes - r % view.nodes, group, dim)) starts.push_back(r);
+    for (long r = 0, left; r < rows; r += together<T>(&seen[r], left, group, dim)) {
+        left = std::min(rows - r, view.nodes - (begin + r) % view.nodes);  // of the same sequence
+        starts.push_back(r);
+    }
     starts.push_back(rows);
-    const long asked = heads * dim, given = one.heads * dim, tasks = (starts.size() - 1) * one.stores;
+    const long tasks = (starts.size() - 1) * one.stores, threads = view.threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long task = 0; task < tasks; task++) {
         long first = starts[task / one.stores], last = starts[task / one.stores + 1], h = task % one.stores;
-        long row = view.rows ? view.rows[first / view.nodes] : first / view.nodes, from = row * view.row + h * view.head;
+        long which = (begin + first) / view.nodes, row = view.rows ? view.rows[which] : which;
+        long from = row * view.row + h * view.head;
         const Head<T> head = {keys + from, values + from, view.slot, group, dim, float(one.scale)};
-        const float *queries = &turned[first * asked + h * group * dim];
-        float *out = &taken[first * given + h * group * dim];
+        const float *queries = turned + first * asked + h * group * dim;
+        float *out = taken + first * given + h * group * dim;
 #if defined(MATRIX_UNITS)
         if constexpr (std::is_same_v<T, Bfloat>)
             if (fits(group, dim)) {
@@ -274,31 +277,65 @@ template <class T> void layer(const Layer &one, const View &view, const T *x, T 
                 continue;
             }
 #endif
+        assert(last - first == 1);
         attend(head, queries, seen[first], out);
     }
+}
+
+// A layer on some rows of x, from a row on.
+template <class T>
+void part(const Layer &one, const View &view, long begin, long rows, const T *x, T *y, T *keys, T *values) {
+    const long width = one.width, inner = one.narrow.inner;
+    const long asked = (one.heads + 2 * one.stores) * one.dim, given = one.heads * one.dim;
+    const int threads = view.threads;
+    std::vector<float> state(rows * width), normed(rows * width), turned(rows * asked), taken(rows * given);
+    auto normalise_row = [&](long r, const void *by) {
+        normalise(&state[r * width], (const T *)by, one.epsilon, width, &normed[r * width]);
+    };
+    auto add_row = [&](long r) {
+        for (long i = r * width; i < (r + 1) * width; i++) state[i] += normed[i];
+    };
+    each(rows, threads, [&](long r) {
+        for (long i = r * width; i < (r + 1) * width; i++) state[i] = widen(x[i]);
+        normalise_row(r, one.norm_in);
+    });
+    apply<T>(one.read, normed.data(), rows, turned.data(), threads);
+    each(rows, threads, [&](long r) { place(one, view, begin + r, &turned[r * asked], keys, values); });
+    attention(one, view, begin, rows, turned.data(), keys, values, taken.data());
     apply<T>(one.write, taken.data(), rows, normed.data(), threads);
-    for (long i = 0; i < rows * width; i++) state[i] += normed[i];
-    if (one.narrow.inner) {
-        const long inner = one.narrow.inner;
+    if (inner) {
         std::vector<float> wide(rows * 2 * inner), held(rows * inner);
-        normalise(state.data(), (const T *)one.norm_mid, one.epsilon, rows, width, normed.data());
+        each(rows, threads, [&](long r) {
+            add_row(r);
+            normalise_row(r, one.norm_mid);
+        });
         apply<T>(one.widen, normed.data(), rows, wide.data(), threads);
-        for (long r = 0; r < rows; r++)
+        each(rows, threads, [&](long r) {
             for (long i = 0; i < inner; i += LANES) {
                 const float *gate = &wide[r * 2 * inner + i];
                 Floats open = load(gate) / (1.0f + exponential(-load(gate)));
                 store(open * load(gate + inner), &held[r * inner + i]);
             }
+        });
         apply<T>(one.narrow, held.data(), rows, normed.data(), threads);
-        for (long i = 0; i < rows * width; i++) state[i] += normed[i];
     }
-    for (long i = 0; i < rows * width; i++) narrow(state[i], y + i);
+    each(rows, threads, [&](long r) {
+        add_row(r);
+        for (long i = r * width; i < (r + 1) * width; i++) narrow(state[i], y + i);
+    });
+}
+
+template <class T> void layer(const Layer &one, const View &view, const T *x, T *y, T *keys, T *values) {
+    const long rows = view.batch * view.nodes;
+    for (long begin = 0; begin < rows; begin += AT_ONCE)  // no row looks at one that comes after it
+        part(one, view, begin, std::min(AT_ONCE, rows - begin), x + begin * one.width, y + begin * one.width, keys, values);
 }
 
 template <class T> void product(const Linear &linear, const T *x, T *y, long rows, long inner, int threads) {
     std::vector<Input<T>> taken(rows * linear.inner);
-    for (long r = 0; r < rows; r++)
+    each(rows, threads, [&](long r) {
         for (long k = 0; k < inner; k++) narrow(widen(x[r * inner + k]), &taken[r * linear.inner + k]);
+    });
     multiply<T>(taken.data(), linear, rows, y, threads);
 }
 

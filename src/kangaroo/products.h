@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,6 +35,7 @@ constexpr int LANES = 4, TILE = 8;
 constexpr int LANES = 8, TILE = 4;
 #endif
 constexpr int PANEL = 2 * LANES;
+constexpr long AT_ONCE = 256;  // more rows would not stay in a core's cache while panels pass by
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
@@ -181,6 +183,13 @@ template <int ROWS> inline void panel(const float *x, long inner, const Bfloat *
 }
 #endif
 
+// Calls work(i) for i < count, by several threads if there is much to do.
+template <class Work> inline void each(long count, int threads, Work work) {
+    constexpr long MUCH = 16;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count >= MUCH) schedule(static)
+    for (long i = 0; i < count; i++) work(i);
+}
+
 struct Linear {
     const void *weight, *bias;
     int64_t inner, outer;  // inner as stored: even for bfloat16
@@ -278,6 +287,10 @@ template <bool TWICE> inline void matrix_panel(const Bfloat *x, long rows, long 
 
 // `multiply` where a processor has matrix units: a tile's sums are chains over the pairs of terms as well.
 template <class Y> void multiply_matrices(const Bfloat *x, const Linear &by, long rows, Y *y, int threads) {
+    if (rows > AT_ONCE) {
+        multiply_matrices(x, by, AT_ONCE, y, threads);
+        return multiply_matrices(x + AT_ONCE * by.inner, by, rows - AT_ONCE, y + AT_ONCE * by.outer, threads);
+    }
     const long inner = by.inner, outer = by.outer, panels = (outer + PANEL - 1) / PANEL;
     const long blocks = (rows + BLOCK - 1) / BLOCK, block = (rows + blocks - 1) / blocks;
     std::vector<Bfloat> filled;  // blocks are of one size, the last too
