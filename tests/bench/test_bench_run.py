@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -26,6 +27,7 @@ from kangaroo.drafters import Entry
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import CapacityError, ConfigError, DataError
 from kangaroo.files import claim
+from kangaroo.kernels import COMPILERS
 from kangaroo.state import State
 from kangaroo.tree import Draft
 
@@ -48,6 +50,17 @@ def test_every_method_answers_every_question_as_plain_decoding_does(recipe: Make
     assert all(turn.seconds > turn.verify > 0 for record in records for turn in record.turns)
     tasks = {1: "mt_bench", 2: "mt_bench", 3: "qa", 4: "qa"}
     assert {record.question: record.task for record in records} == tasks
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler")
+def test_all_methods_by_compiled_kernels(recipe: MakeRecipe) -> None:
+    settings = recipe(compile=True, dtype="float32", methods=[EARLY])
+    loaded = run.load_methods(settings)
+    assert loaded.plain.target.kernels is not None
+    assert loaded.drafting["early"].target is loaded.plain.target
+    assert all(turn.difference is None for record in run.measure(settings, loaded) for turn in record.turns)
+    with pytest.raises(ConfigError, match="recipe's compile was true, now it is false"):
+        run_bench(recipe(dtype="float32", methods=[EARLY]))
 
 
 def test_the_second_turn_follows_the_first_answer(recipe: MakeRecipe, model: Path) -> None:

@@ -116,6 +116,8 @@ class BenchRecipe(Section):
     """Of the CPU; left out: as many as torch takes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Precision the model is loaded in; auto is what `kangaroo generate` would choose."""
+    compile: bool = False
+    """Compute by kernels compiled for this CPU, plain decoding too."""
     seed: Count = 0
     files: dict[str, str] = Field(default_factory=dict)
     """What the drafters of a model load, by the name of their setting, where a method names none: adapter, heads,

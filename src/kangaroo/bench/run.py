@@ -81,7 +81,7 @@ def load_methods(recipe: BenchRecipe, trained: Mapping[str, Path] | None = None)
     if recipe.threads is not None:  # before the load, whose trial holds for so many threads only
         torch.set_num_threads(recipe.threads)
     named: dict[str, Any] = dict(recipe.files)
-    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype, **named)
+    plain = load(recipe.model, drafter="none", dtype=recipe.torch_dtype, compile=recipe.compile, **named)
     drafting = {}
     for method in recipe.methods:
         if method.drafter is not None:

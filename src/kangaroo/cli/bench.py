@@ -12,7 +12,7 @@ from kangaroo.bench.records import Record
 from kangaroo.bench.run import run_bench, run_sweep
 from kangaroo.bench.trained import Training, train_methods
 from kangaroo.checks import counted
-from kangaroo.cli.options import Threads
+from kangaroo.cli.options import Compile, Threads
 from kangaroo.cli.terminal import countdown, notes, out, training_progress
 from kangaroo.training.loop import Interrupted
 from kangaroo.training.recipe import read_recipe
@@ -31,13 +31,14 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="In minutes, by the recipe's \\[quick] section.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the recipe's.")] = None,
     threads: Threads = None,
+    compiled: Compile = False,
 ) -> None:
     """Measure methods side by side on a benchmark's questions. The same command goes on after an interruption.
 
     Methods that the recipe wants trained are trained first.
     """
     given: dict[str, Any] = {"questions": questions, "output": None if output is None else str(output)}
-    given["threads"] = threads
+    given |= {"threads": threads, "compile": compiled or None}
     given["training.data"] = [str(path.resolve()) for path in data] if data else None
     changes = {key: value for key, value in given.items() if value is not None}
     settings, lacking = read_bench_recipe(recipe, changes, quick=quick).without_missing()

@@ -69,7 +69,7 @@ class Final:
 
 def _peak(logits: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     """(greatest [M], its first place [M]) of logits [M, V], as `max` has it; on CPUs, searching one block is faster."""
-    blocks = functional.pad(logits, (0, -logits.shape[1] % block), value=-math.inf).unflatten(1, (-1, block))
+    blocks = functional.pad(logits, (0, -logits.shape[1] % block), value=-math.inf).reshape(len(logits), -1, block)
     highest, where = blocks.amax(2).max(1)
     rows = torch.arange(len(logits), device=logits.device)
     return highest, where * block + blocks[rows, where].argmax(1)
