@@ -20,6 +20,9 @@ struct View {
     const void *cos, *sin, *mask;   // [B, N, dim] twice; [B, N, extent], zero where a node sees a slot
     const int64_t *paths;           // [B, N, extent] slots by position, for trees; or null
     int64_t row, head, slot;        // strides of keys and values, in elements
+
+    // Where a node's keys and values begin.
+    long begin(long node) const { return row * (rows ? rows[node / nodes] : node / nodes); }
 };
 
 template <class T> void normalise(const float *x, const T *weight, float epsilon, long width, float *y) {
@@ -46,7 +49,7 @@ typedef std::vector<int64_t> Slots;
 // A head of keys and values, and the `group` heads of queries that share it.
 template <class T> struct Head {
     const T *keys, *values;
-    long slot, group, dim;  // numbers from one slot to the next
+    long slot, group, dim;  // how far slots lie apart; heads of queries, and the size of each
     float scale;
 };
 
@@ -235,11 +238,11 @@ template <class T> void apply(const Linear &linear, const float *x, long rows, f
 
 // Queries and keys [heads, dim] of a row turned by its position; its keys and values stored.
 template <class T> void place(const Layer &one, const View &view, long r, float *own, T *keys, T *values) {
-    const long dim = one.dim, row = view.rows ? view.rows[r / view.nodes] : r / view.nodes;
+    const long dim = one.dim;
     for (long h = 0; h < one.heads + one.stores; h++)
         rotate(own + h * dim, (const T *)view.cos + r * dim, (const T *)view.sin + r * dim, dim);
     for (long h = 0; h < one.stores; h++) {
-        long to = row * view.row + h * view.head + view.slots[r] * view.slot;
+        long to = view.begin(r) + h * view.head + view.slots[r] * view.slot;
         for (long d = 0; d < dim; d++) {
             narrow(own[(one.heads + h) * dim + d], keys + to + d);
             narrow(own[(one.heads + one.stores + h) * dim + d], values + to + d);
@@ -265,8 +268,7 @@ void attention(const Layer &one, const View &view, long begin, long rows, const 
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long task = 0; task < tasks; task++) {
         long first = starts[task / one.stores], last = starts[task / one.stores + 1], h = task % one.stores;
-        long which = (begin + first) / view.nodes, row = view.rows ? view.rows[which] : which;
-        long from = row * view.row + h * view.head;
+        long from = view.begin(begin + first) + h * view.head;
         const Head<T> head = {keys + from, values + from, view.slot, group, dim, float(one.scale)};
         const float *queries = turned + first * asked + h * group * dim;
         float *out = taken + first * given + h * group * dim;

@@ -263,8 +263,10 @@ template <bool TWICE> inline void matrix_panel(const Bfloat *x, long rows, long 
     const long row = inner * sizeof *x, terms = 2 * PANEL * sizeof *w, sum = PANEL * sizeof *sums;
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (TWICE) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (long k = 0; k < inner; k += TERMS, w += TERMS * PANEL) {
         _tile_loadd(6, w, terms);
         _tile_loadd(7, w + PANEL, terms);
