@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kangaroo.constraints import NOTHING
-from kangaroo.sampling import Stream, gumbel
+from kangaroo.sampling import Stream, best, gumbel
 from kangaroo.state import State
 from kangaroo.tree import Draft, Placement, Verdict
 
@@ -30,7 +30,7 @@ def match(draft: Draft, logits: Tensor, where: Placement, state: State) -> Verdi
     if not state.constraints.has_processors:
         return follow(draft, state.sampler.draw(logits, prefix, positions, known=known))
     scores = state.sampler.scores(logits, prefix)
-    drawn = state.sampler.perturb(scores, positions, known=known).argmax(-1)
+    drawn = best(state.sampler.perturb(scores, positions, known=known))
     return follow(draft, torch.where(scores.amax(-1) > -math.inf, drawn, NOTHING))
 
 
@@ -82,7 +82,7 @@ def reject(draft: Draft, logits: Tensor, where: Placement, state: State) -> Verd
         steps.append(current)
     path, length = _distinct(torch.stack(steps, 1))
     noise = gumbel(state.sampler.keys(counters[:, :1], Stream.RESIDUAL), vocab)
-    next_token = (p.log().clamp_min(-1e300) + noise[:, 0]).argmax(-1)
+    next_token = best(p.log().clamp_min(-1e300) + noise[:, 0])
     return Verdict(path, length, torch.where(p[:, 0].isnan(), NOTHING, next_token))
 
 

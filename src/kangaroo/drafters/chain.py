@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kangaroo.drafters.draft_vocabulary import DraftTokens
-from kangaroo.sampling import Stream
+from kangaroo.sampling import Stream, best
 from kangaroo.state import Committed, Row, State, sent
 from kangaroo.tree import Draft, Placement, Stop, chain
 
@@ -112,8 +112,7 @@ def top_probability(logits: Tensor) -> Tensor:
 
     In float32 at least: in bfloat16 the numbers between 0.25 and 1 are few, and calibrations tell finer ones apart.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).amax(-1)
 
 
 def draft_chain(
@@ -201,7 +200,7 @@ def choose(
     if vocabulary is not None:
         # What the rest comes to, without the vocabulary's length.
         if state.rule == "match" and state.sampler.plain:
-            return vocabulary.tokens[logits.argmax(-1)], None
+            return vocabulary.tokens[best(logits)], None
         logits = vocabulary.spread(logits)
     nodes = tokens.shape[1]
     prefix = state.prefix(tokens, chain(state.batch, nodes, tokens.device))
