@@ -25,7 +25,7 @@ from kangaroo.drafters.kangaroo.chain import ChainConfig, Kangaroo
 from kangaroo.drafters.kangaroo.tree import KangarooTree, TreeConfig
 from kangaroo.drafters.none import NoDrafter
 from kangaroo.errors import ConfigError
-from kangaroo.sampling import Prefix, Sampler, Sampling, Stream, gumbel
+from kangaroo.sampling import Prefix, Sampler, Sampling, Stream, best, gumbel
 from kangaroo.state import Request, State
 from kangaroo.tree import Draft, Stop, chain, place_chain
 from oracle import EVERYTHING, reference_scores
@@ -82,6 +82,17 @@ def path_to(node: int, parents: Sequence[int]) -> list[int]:
 
 
 # --- processors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, VOCAB, 8192])
+def test_the_best_token_is_the_first_of_equals(dtype: torch.dtype, size: int) -> None:
+    tied = torch.randint(-2, 3, (3, 5, size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    tied[0, 0] = -math.inf
+    tied[0, 1, size // 2 :] = math.inf
+    for node in itertools.product(range(3), range(5)):
+        scores = tied[node].tolist()
+        assert int(best(tied)[node]) == scores.index(max(scores))
 
 
 @pytest.mark.parametrize("sampling", PROCESSORS.values(), ids=PROCESSORS)
